@@ -1,0 +1,59 @@
+# Everything is set up inside this folder: .tools (uv), .venv (Python), .cache (downloads).
+# `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+
+export UV_CACHE_DIR := $(CURDIR)/.cache/uv
+export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export UV_PYTHON_DOWNLOADS := never
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
+unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
+
+.PHONY: help setup demo serve test check format bench lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.complete ## install everything into this folder
+
+.venv/.complete: requirements.lock tools/requirements.lock tools/setup pyproject.toml
+	@tools/setup $(PYTHON)
+	@touch $@
+
+demo: setup ## train two adapters, package, serve and ask them; MODEL=folder-or-hub-id for your own
+	@mlops demo $(if $(MODEL),--model $(MODEL))
+
+serve: setup ## the demo's service, left running until Ctrl-C
+	@mlops demo $(if $(MODEL),--model $(MODEL)) --keep-serving
+
+test: setup ## all tests
+	@python -m pytest
+
+check: setup ## lint, format, types, layers
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@lint-imports
+
+format: setup ## mend what lint and format can mend
+	@ruff check --fix .
+	@ruff format .
+
+bench: setup ## the benchmarks, each against a named peer in the same run
+	@python -m benchmarks
+
+lock: setup ## pin the newest allowed dependencies, with hashes
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --no-annotate --custom-compile-command "make lock" \
+	  pyproject.toml --group dev -o requirements.lock
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --no-annotate --custom-compile-command "make lock" \
+	  tools/requirements.in -o tools/requirements.lock
+
+clean: ## remove all that the other targets made
+	@rm -rf .venv .tools .cache .demo build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,209 @@
+"""File contents by their SHA-256, each stored once.
+
+A blob is written with a name that no reader knows and then linked to its own: it is whole or not
+there. An entry of the model store links to blobs, so adapters share their base, versions share what
+did not change, and packaging the same weights again writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+from mlops.errors import PackagingError
+from mlops.registry.manifest import StoredFile
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just read."""
+
+_CHUNK_BYTES = 4 * 1024 * 1024
+_FICLONE = 0x40049409  # linux/fs.h: share the extents of another file (btrfs, XFS, bcachefs)
+_CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EACCES, errno.ENOSYS}
+
+
+def hash_file(path: Path, progress: Progress | None = None) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while num_read := file.readinto(buffer):
+            digest.update(buffer[:num_read])
+            if progress:
+                progress(num_read)
+    return digest.hexdigest()
+
+
+class BlobStore:
+    """Blobs under one folder, named `<size>-<sha256>`.
+
+    Args:
+        folder: made when the first blob is added; on the file system of the model store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, size: int, sha256: str) -> Path:
+        """Where the blob with this content is, or would be."""
+        return self.folder / f"{size}-{sha256}"
+
+    def add(self, source: Path, relative_path: str, progress: Progress | None = None) -> StoredFile:
+        """Make sure that the content of `source` is stored.
+
+        A blob of the same size is a hint that nothing needs to be written: then the source is
+        hashed first. Otherwise it is copied and hashed in one pass, or cloned where the file
+        system shares extents.
+
+        Raises:
+            PackagingError: the source changed meanwhile, the disk is full or not writable.
+        """
+        try:
+            before = source.stat()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stored = self._add(source, before.st_size, progress)
+            after = source.stat()
+        except OSError as exc:
+            raise store_failure(exc, self.folder, source) from exc
+        if stored[0] != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+            raise PackagingError(
+                f"{source} changed while it was packaged; try again when it is complete",
+                "create_bento_model",
+                {"path": str(source)},
+            )
+        return StoredFile(relative_path, *stored)
+
+    def _add(self, source: Path, size: int, progress: Progress | None) -> tuple[int, str]:
+        if any(self.folder.glob(f"{size}-*")):
+            sha256 = hash_file(source, progress)
+            if self._holds(size, sha256):
+                return size, sha256
+            progress = None  # these bytes were counted
+        partial = self.folder / f"partial-{uuid.uuid4().hex}"
+        try:
+            written, sha256 = _copy(source, partial, progress)
+            partial.chmod(0o444)
+            blob = self.path(written, sha256)
+            if not self._holds(written, sha256):
+                partial.replace(blob)
+        finally:
+            partial.unlink(missing_ok=True)
+        return written, sha256
+
+    def _holds(self, size: int, sha256: str) -> bool:
+        """True when the blob is stored and its bytes are still what its name says."""
+        blob = self.path(size, sha256)
+        try:
+            return blob.stat().st_size == size and hash_file(blob) == sha256
+        except FileNotFoundError:
+            return False
+
+    def link(self, file: StoredFile, target: Path) -> None:
+        """Make `target` the content of `file`: a hard link, or a clone or copy where links fail."""
+        blob = self.path(file.size, file.sha256)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(blob, target)
+        except OSError as exc:
+            if exc.errno not in _CANNOT_LINK:
+                raise
+            _copy(blob, target, None)
+
+    def sweep(self) -> int:
+        """Remove partial writes and blobs that no entry links to; returns the bytes freed.
+
+        Only safe while nobody adds: the caller holds the store's lock alone.
+        """
+        freed = 0
+        with contextlib.suppress(FileNotFoundError):
+            for blob in self.folder.iterdir():
+                status = blob.stat()
+                if status.st_nlink == 1:
+                    freed += status.st_size
+                    blob.unlink()
+        return freed
+
+
+def store_failure(exc: OSError, folder: Path, source: Path | None = None) -> PackagingError:
+    """Say what an operating system's refusal means for the user who is packaging."""
+    details = {"path": str(exc.filename or folder), "errno": errno.errorcode.get(exc.errno or 0)}
+    if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+        message = f"no space left on the disk of {folder}; free some and try again"
+    elif exc.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        if source is not None and str(exc.filename) == str(source):
+            message = f"{source} cannot be read; allow this user to read it"
+        else:
+            message = f"the model store at {folder} cannot be written; allow it or set BENTOML_HOME"
+    elif exc.errno == errno.ENOENT and source is not None:
+        message = f"{source} vanished while it was packaged; try again when it is complete"
+    else:
+        message = f"the model store at {folder} refused the files: {exc.strerror or exc}"
+    return PackagingError(message, "create_bento_model", details)
+
+
+def _copy(source: Path, target: Path, progress: Progress | None) -> tuple[int, str]:
+    """Copy or clone `source` to the new file `target`; returns its size and SHA-256.
+
+    The digest is that of the bytes in `target`, so a source that changes meanwhile cannot make the
+    two differ. Hashing runs beside writing: both leave the interpreter's lock.
+    """
+    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        if _clone(reader, writer):
+            return target.stat().st_size, hash_file(target, progress)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        digest = hashlib.sha256()
+        size = 0
+        # Two buffers: one is written and hashed while the other is filled.
+        buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
+        with ThreadPoolExecutor(1) as hasher:
+            pending = None
+            while num_read := reader.readinto(buffers[0]):
+                chunk = buffers[0][:num_read]
+                if pending:
+                    pending.result()
+                pending = hasher.submit(digest.update, chunk)
+                _write_all(writer, chunk)
+                size += num_read
+                buffers.reverse()
+                if progress:
+                    progress(num_read)
+            if pending:
+                pending.result()
+        return size, digest.hexdigest()
+
+
+def _write_all(writer: BinaryIO, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[writer.write(chunk) :]
+
+
+def _clone(reader: BinaryIO, writer: BinaryIO) -> bool:
+    """Share the extents of `reader` with the empty `writer` where the file system can."""
+    if sys.platform == "linux":
+        import fcntl
+
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:
+            return False
+        return True
+    if sys.platform == "darwin":
+        import ctypes
+
+        # clonefile(2) wants a name that is free: clone beside, then take the place of `writer`.
+        target = Path(str(writer.name))
+        clone = target.with_name(target.name + ".clone")
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.clonefile(os.fsencode(str(reader.name)), os.fsencode(str(clone)), 0) != 0:
+            return False
+        clone.replace(target)
+        return True
+    return False

@@ -1,0 +1,392 @@
+"""The model store: BentoML's own, written atomically and with every byte accounted for.
+
+An entry is `models/<name>/<version>/` as BentoML lays it out, so `bentoml models list` and
+`bentoml.models.get` work on it. How one comes to be:
+
+1. the files become blobs (`blobs.py`), written and hashed once;
+2. the entry is put together in a staging folder: links to the blobs, manifest, `model.yaml`;
+3. one `rename` to its final place makes it appear. That call fails if the place is taken, so of
+   many writers of one tag exactly one wins;
+4. the `latest` pointer is replaced.
+
+A writer holds the store's lock shared. One that gets it alone first sweeps what a killed writer
+left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlops.errors import IntegrityError, PackagingError
+from mlops.registry import tags
+from mlops.registry.blobs import BlobStore, Progress, hash_file, store_failure
+from mlops.registry.manifest import FILE_NAME, Manifest, StoredFile, read_manifest
+
+MODULE = "mlops.registry"
+"""What `model.yaml` names as the module that made an entry."""
+
+RESERVED_NAMES = frozenset({"model.yaml", FILE_NAME})
+"""Names at the root of an entry that are not the model's own."""
+
+_OPERATION = "create_bento_model"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One entry of the model store.
+
+    Attributes:
+        tag: `name:version`.
+        path: the entry's folder; the model's files lie in it under their own relative paths.
+        created: False when the same content was already stored under this tag.
+    """
+
+    tag: str
+    path: Path
+    manifest: Manifest
+    labels: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    created: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Digest of the entry's content."""
+        return self.manifest.digest
+
+    @property
+    def name(self) -> str:
+        """The part of the tag before the colon."""
+        return self.tag.partition(":")[0]
+
+    @property
+    def version(self) -> str:
+        """The part of the tag after the colon."""
+        return self.tag.partition(":")[2]
+
+
+def default_version(digest: str) -> str:
+    """The version of content that was given none: the first 12 digits of its digest."""
+    return digest.removeprefix("sha256:")[:12]
+
+
+class ModelStore:
+    """BentoML's model store of this process (`BENTOML_HOME`, or a Bento's own in a container)."""
+
+    def __init__(self) -> None:
+        from bentoml._internal.configuration.containers import BentoMLContainer
+
+        try:
+            self.models = Path(BentoMLContainer.model_store.get()._path)
+            self.bentos = Path(BentoMLContainer.bento_store.get()._path)
+        except OSError as exc:
+            raise store_failure(exc, Path(os.environ.get("BENTOML_HOME", "~/bentoml"))) from exc
+        except Exception as exc:
+            # BentoML wraps a home that cannot be made in its own error.
+            raise PackagingError(
+                f"BentoML's store cannot be opened: {exc}; allow writing there or set BENTOML_HOME",
+                _OPERATION,
+                {"path": os.environ.get("BENTOML_HOME", "~/bentoml")},
+            ) from exc
+        self.private = self.models.parent / "mlops"
+        self.blobs = BlobStore(self.private / "blobs")
+
+    def save(
+        self,
+        name: str,
+        version: str | None,
+        files: Iterable[tuple[str, Path]],
+        *,
+        kind: str,
+        framework: str,
+        base: StoredModel | None = None,
+        labels: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        reuse: bool = False,
+    ) -> StoredModel:
+        """Store files as the entry `name:version`.
+
+        Args:
+            name, version: valid parts of a tag; a version of None is made from the digest.
+            files: pairs of relative POSIX path and the file to read.
+            base: entry of the base model, for an adapter.
+            labels, metadata: for people and searches; not part of the content. Those of an entry
+                that exists are replaced when they differ.
+            progress: called with each number of bytes read.
+            reuse: an entry of any other tag with the same content will do.
+
+        Returns:
+            The entry; its `created` is False when the same content was there already.
+
+        Raises:
+            PackagingError: other content has this tag, or the store refused; nothing is left over.
+        """
+        with self.writing():
+            try:
+                stored = tuple(
+                    sorted(self.blobs.add(path, relative, progress) for relative, path in files)
+                )
+                manifest = Manifest(
+                    stored,
+                    kind,
+                    framework,
+                    base_digest=base.digest if base else None,
+                    base_tag=base.tag if base else None,
+                )
+                if reuse and (same := self.find(manifest.digest)):
+                    self._mend(same)
+                    return same
+                tag = f"{name}:{version or default_version(manifest.digest)}"
+                if self.has(tag):
+                    return self._keep(tag, manifest, labels, metadata)
+                return self._publish(tag, manifest, labels, metadata)
+            except OSError as exc:
+                raise store_failure(exc, self.models) from exc
+
+    def has(self, tag: str) -> bool:
+        """True when an entry has this tag."""
+        return (self.models / tag.replace(":", "/") / "model.yaml").is_file()
+
+    def get(self, tag: str) -> StoredModel:
+        """The entry with this tag; `name` and `name:latest` mean the newest one.
+
+        Raises:
+            PackagingError: there is none.
+            IntegrityError: its manifest is missing or damaged.
+        """
+        name, _, version = tag.partition(":")
+        valid = tags.is_tag(tag)
+        if valid and version in {"", "latest"}:
+            version = self._latest(name) or ""
+        if not valid or not version or not self.has(f"{name}:{version}"):
+            raise PackagingError(
+                f"no model {tag!r} in the store at {self.models}; `mlops models list` shows what "
+                "there is",
+                "get_model",
+                {"tag": tag, "store": str(self.models)},
+            )
+        return self._read(f"{name}:{version}")
+
+    def list(self) -> list[StoredModel]:
+        """Every entry that this toolkit made, ordered by tag. Others in the store are left out."""
+        return [
+            self._read(f"{manifest.parent.parent.name}:{manifest.parent.name}")
+            for manifest in sorted(self.models.glob(f"*/*/{FILE_NAME}"))
+        ]
+
+    def find(self, digest: str) -> StoredModel | None:
+        """Some entry with this content, or None."""
+        return next((entry for entry in self.list() if entry.digest == digest), None)
+
+    def verify(self, entry: StoredModel, digest: str | None = None) -> None:
+        """Check every byte of an entry against its manifest, and that against `digest`.
+
+        Raises:
+            IntegrityError: a file is missing, added or changed, or the digest is another.
+        """
+
+        def fail(message: str, **details: Any) -> IntegrityError:
+            return IntegrityError(
+                f"{entry.tag}: {message}; nothing of it is served, package it again",
+                "verify",
+                {"tag": entry.tag, "path": str(entry.path), **details},
+            )
+
+        manifest = read_manifest(entry.path)
+        if digest and manifest.digest != digest:
+            raise fail(f"its digest is {manifest.digest}, not {digest}", expected=digest)
+        for file in manifest.files:
+            path = entry.path / file.path
+            if path.is_symlink() or not path.is_file():
+                raise fail(f"{file.path} is missing", file=file.path)
+            if path.stat().st_size != file.size or hash_file(path) != file.sha256:
+                raise fail(f"{file.path} has changed since it was stored", file=file.path)
+        known = {file.path for file in manifest.files} | RESERVED_NAMES
+        for path in sorted(entry.path.rglob("*")):
+            relative = path.relative_to(entry.path).as_posix()
+            if (path.is_symlink() or not path.is_dir()) and relative not in known:
+                raise fail(f"{relative} was added after it was stored", file=relative)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the store's lock for writing; sweep first when nobody else writes."""
+        try:
+            self.private.mkdir(parents=True, exist_ok=True)
+            lock = (self.private / "lock").open("w")
+        except OSError as exc:
+            raise store_failure(exc, self.models) from exc
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._sweep()
+            except BlockingIOError:
+                pass
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A folder on the store's file system that is gone afterwards unless it was moved."""
+        folder = self.private / "staging" / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        shutil.rmtree(self.private / "staging", ignore_errors=True)
+        self.blobs.sweep()
+
+    def _publish(
+        self,
+        tag: str,
+        manifest: Manifest,
+        labels: Mapping[str, str] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> StoredModel:
+        name, _, version = tag.partition(":")
+        with self.staging() as folder:
+            for file in manifest.files:
+                self.blobs.link(file, folder / file.path)
+            (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            _write_model_yaml(folder / "model.yaml", tag, manifest, labels, metadata)
+            if not publish(folder, self.models, name, version):
+                return self._keep(tag, manifest, labels, metadata)
+        return StoredModel(
+            tag, self.models / name / version, manifest, labels or {}, metadata or {}, created=True
+        )
+
+    def _keep(
+        self,
+        tag: str,
+        manifest: Manifest,
+        labels: Mapping[str, str] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> StoredModel:
+        """The entry that has this tag already, or an error when its content is another."""
+        entry = self._read(tag)
+        if entry.digest != manifest.digest:
+            raise PackagingError(
+                f"{tag} is taken by other content; give this one another version",
+                _OPERATION,
+                {"tag": tag, "stored": entry.digest, "given": manifest.digest},
+            )
+        self._mend(entry)
+        if (labels or {}) != entry.labels or (metadata or {}) != entry.metadata:
+            partial = entry.path / f"model.yaml.{uuid.uuid4().hex}"
+            try:
+                _write_model_yaml(partial, tag, manifest, labels, metadata)
+                partial.replace(entry.path / "model.yaml")
+            finally:
+                partial.unlink(missing_ok=True)
+        if self._latest(entry.name) is None:
+            point_latest(self.models, entry.name, entry.version)
+        return StoredModel(tag, entry.path, entry.manifest, labels or {}, metadata or {})
+
+    def _mend(self, entry: StoredModel) -> None:
+        """Link again what was damaged or lost in an entry whose blobs were just checked."""
+        for file in entry.manifest.files:
+            path, blob = entry.path / file.path, self.blobs.path(file.size, file.sha256)
+            if path.is_file() and (path.samefile(blob) or hash_file(path) == file.sha256):
+                continue
+            with self.staging() as folder:
+                self.blobs.link(file, folder / "file")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (folder / "file").replace(path)
+
+    def _read(self, tag: str) -> StoredModel:
+        from bentoml._internal.models.model import ModelInfo
+
+        path = self.models / tag.replace(":", "/")
+        manifest = read_manifest(path)
+        try:
+            with (path / "model.yaml").open(encoding="utf-8") as file:
+                info = ModelInfo.from_yaml_file(file)
+        except Exception as exc:
+            raise IntegrityError(
+                f"{tag}: its model.yaml cannot be read; package it again",
+                "get_model",
+                {"tag": tag, "path": str(path)},
+            ) from exc
+        user_metadata = {k: v for k, v in info.metadata.items() if k != "mlops"}
+        return StoredModel(tag, path, manifest, dict(info.labels), user_metadata)
+
+    def _latest(self, name: str) -> str | None:
+        """Version that `latest` points to, or the newest where the pointer is missing or stale."""
+        folder = self.models / name
+        with contextlib.suppress(OSError):
+            version = (folder / "latest").read_text(encoding="utf-8").strip()
+            if tags.is_tag(f"{name}:{version}") and self.has(f"{name}:{version}"):
+                return version
+        made = [path for path in folder.glob("*/model.yaml") if path.is_file()]
+        return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
+
+
+def publish(staged: Path, store: Path, name: str, version: str) -> bool:
+    """Make a staged folder appear as `store/name/version`; False when that place is taken."""
+    place = store / name / version
+    place.parent.mkdir(exist_ok=True)
+    try:
+        staged.rename(place)
+    except OSError as exc:
+        if exc.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+            return False
+        raise
+    point_latest(store, name, version)
+    return True
+
+
+def point_latest(store: Path, name: str, version: str) -> None:
+    """Let BentoML's `name:latest` mean this version."""
+    partial = store / name / f"latest.{uuid.uuid4().hex}"
+    try:
+        partial.write_text(version, encoding="utf-8")
+        partial.replace(store / name / "latest")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_model_yaml(
+    path: Path,
+    tag: str,
+    manifest: Manifest,
+    labels: Mapping[str, str] | None,
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    """Write BentoML's own description of an entry, by BentoML's own class."""
+    from bentoml import Tag
+    from bentoml._internal.models.model import ModelContext, ModelInfo
+
+    ours = {
+        "digest": manifest.digest,
+        "kind": manifest.kind,
+        "framework": manifest.framework,
+        "base_tag": manifest.base_tag,
+    }
+    try:
+        info = ModelInfo(
+            tag=Tag.from_taglike(tag),
+            module=MODULE,
+            labels=dict(labels or {}),
+            options={},
+            metadata={**(metadata or {}), "mlops": {k: v for k, v in ours.items() if v}},
+            context=ModelContext(framework_name=manifest.framework, framework_versions={}),
+            signatures={},
+            api_version="v1",
+        )
+        with path.open("w", encoding="utf-8") as file:
+            info.dump(file)
+    except (ValueError, TypeError) as exc:
+        raise PackagingError(
+            f"labels must be text and metadata plain values: {exc}", _OPERATION, {"tag": tag}
+        ) from exc

@@ -1,0 +1,408 @@
+"""From a checkpoint on disk to an entry of the model store and a Bento that serves it.
+
+    recognise the checkpoint -> collect its files -> store them (an adapter's base first)
+    -> build the Bento (`bento.py`) -> link both to an MLflow run, when one is given
+
+Nothing is loaded: headers say all that is needed, and the store reads each byte once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mlops.checkpoints import (
+    Checkpoint,
+    CheckpointFile,
+    CheckpointKind,
+    adapter_delta_is_zero,
+    check_adapter_fits,
+    list_files,
+)
+from mlops.errors import ConfigError, PackagingError
+from mlops.registry import ModelStore, ResolvedModel, StoredModel, references, tags
+from mlops.registry.blobs import Progress
+from mlops.registry.store import RESERVED_NAMES
+from mlops.serving.bentoml import bento
+from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
+
+if TYPE_CHECKING:
+    from mlops.client import TrackingClient
+
+logger = logging.getLogger(__name__)
+
+SERVED_KINDS = frozenset({CheckpointKind.LANGUAGE_MODEL, CheckpointKind.ADAPTER})
+"""Kinds of checkpoint that this version has a runner for."""
+
+
+@dataclass
+class PackageConfig:
+    """What to package, and as what. Every field can be assigned later.
+
+    Attributes:
+        model_path: a folder or file; a Hugging Face id (`org/name@revision`) is downloaded.
+        model_name: the tag's name; by default that of the folder.
+        model_version: the tag's version, `major.minor.patch`; by default made from the digest.
+        model_framework: what the files must turn out to be; by default whatever they are.
+        service_name: name of the Bento and its service; by default the model's name.
+        project_name: the team's project; becomes the label `project`.
+        description: for people; becomes the Bento's readme.
+        labels: text to text, for searches.
+        metadata: plain values, kept with the model.
+        include_patterns, exclude_patterns: globs as in `.gitignore`; by default every file.
+        base_model: folder, tag or hub id of an adapter's base; by default what the adapter names.
+        service: settings that the Bento's service starts with.
+    """
+
+    model_path: str | Path | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+    model_framework: ModelFramework | str | None = None
+    service_name: str | None = None
+    project_name: str = "default"
+    description: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    include_patterns: list[str] = field(default_factory=list)
+    exclude_patterns: list[str] = field(default_factory=list)
+    base_model: str | Path | None = None
+    service: BentoMLConfig | None = None
+
+    def __new__(cls, *_: object, **given: object) -> Self:
+        for name in given:
+            cls._check_field(name)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._check_field(name)
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def _check_field(cls, name: str) -> None:
+        known = [item.name for item in fields(cls)]
+        if name not in known:
+            raise ConfigError(f"PackageConfig has no field {name!r}; it has {', '.join(known)}")
+
+    def validate(self) -> None:
+        """Check every field that has a value.
+
+        Raises:
+            PackagingError: a name or version that no tag can have.
+            ConfigError: another field has a value that is not allowed.
+        """
+        if self.model_name is not None:
+            tags.valid_name(self.model_name)
+        if self.service_name is not None:
+            tags.valid_name(self.service_name, "service_name")
+        if self.model_version is not None:
+            tags.valid_version(self.model_version)
+        tags.valid_name(self.project_name, "project_name")
+        if self.model_framework is not None:
+            try:
+                ModelFramework(self.model_framework)
+            except ValueError as exc:
+                allowed = ", ".join(framework.value for framework in ModelFramework)
+                raise ConfigError(
+                    f"model_framework {self.model_framework!r} is not one of {allowed}"
+                ) from exc
+        for name in ("include_patterns", "exclude_patterns"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(item, str) for item in patterns):
+                raise ConfigError(f"{name} must be a list of globs, not {patterns!r}")
+        for key, value in self.labels.items():
+            if not (isinstance(key, str) and isinstance(value, str)):
+                raise ConfigError(f"labels must map text to text; {key!r} has {value!r}")
+
+
+class ModelPackager:
+    """Packages one model as its `PackageConfig` says."""
+
+    def __init__(self, config: PackageConfig) -> None:
+        config.validate()
+        self.config = config
+        self._resolved: ResolvedModel | None = None
+        self._model: StoredModel | None = None
+        self._base: StoredModel | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The tag's name, as BentoML allows it."""
+        path = self.config.model_path
+        if self.config.model_name is None and path is not None:
+            return tags.valid_name(str(path).partition("@")[0].rstrip("/").rpartition("/")[2])
+        return tags.valid_name(self.config.model_name or "")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """What the user wrote and what became of it, where a tag does not allow the former."""
+        wanted = {
+            self.config.model_name: self.model_name,
+            self.config.model_version: self._version,
+            self.config.service_name: self._service_name,
+        }
+        return {old: new for old, new in wanted.items() if old and new and old != new}
+
+    def validate_model_path(self) -> Checkpoint:
+        """Recognise what is at `model_path`; downloads it first when it is a hub id.
+
+        Raises:
+            ConfigError: no `model_path` is set.
+            PackagingError: nothing is there, or it cannot be packaged; the message says why.
+        """
+        return self._resolve().checkpoint
+
+    def collect_model_files(self) -> list[CheckpointFile]:
+        """The files to store, ordered by path: what the patterns include and do not exclude.
+
+        Raises:
+            PackagingError: none is left, or a weight file that the model needs is excluded.
+        """
+        checkpoint = self.validate_model_path()
+        files = list_files(
+            checkpoint.path,
+            include=tuple(self.config.include_patterns),
+            exclude=tuple(self.config.exclude_patterns),
+        )
+        names = {file.relative_path for file in files}
+        for weight_file in checkpoint.weight_files:
+            if str(weight_file) not in names:
+                raise PackagingError(
+                    f"{weight_file} is needed but left out by the patterns; change "
+                    "include_patterns or exclude_patterns",
+                    "collect_model_files",
+                    {"path": str(checkpoint.path), "file": str(weight_file)},
+                )
+        if taken := sorted(names & RESERVED_NAMES):
+            raise PackagingError(
+                f"the store keeps the name {taken[0]} for itself; rename the file or exclude it",
+                "collect_model_files",
+                {"path": str(checkpoint.path), "file": taken[0]},
+            )
+        return files
+
+    def create_bento_model(self, progress: Progress | None = None) -> StoredModel:
+        """Store the model; an adapter's base model becomes an entry of its own, once.
+
+        Args:
+            progress: called with each number of bytes that was read.
+
+        Returns:
+            The entry, with `tag`, `digest` and `path`.
+
+        Raises:
+            PackagingError: it cannot be stored; nothing is left behind.
+        """
+        resolved = self._resolve()
+        self._check_framework(resolved.checkpoint)
+        files = self.collect_model_files()
+        self._base = self._store_base(resolved, progress) if resolved.base else None
+        for old, new in self.renamed.items():
+            logger.warning("%r is no part of a tag; stored as %r", old, new)
+        self._model = ModelStore().save(
+            self.model_name,
+            self._version,
+            [(file.relative_path, file.path) for file in files],
+            kind=resolved.checkpoint.kind.value,
+            framework=self._framework(resolved.checkpoint),
+            base=self._base,
+            labels={**self.config.labels, "project": self.config.project_name},
+            metadata=self._metadata(resolved),
+            progress=progress,
+        )
+        return self._model
+
+    def build_bento(self) -> bento.BuiltBento:
+        """Build the Bento that serves the model; stores the model first when that was not done.
+
+        Raises:
+            PackagingError: no runner serves this kind of model yet, or other content has the tag.
+        """
+        self._check_servable()
+        model = self._model or self.create_bento_model()
+        return bento.build(
+            model,
+            self._base,
+            name=self._service_name,
+            version=self._version,
+            project_name=self.config.project_name,
+            description=self.config.description or self.validate_model_path().description,
+            labels=self.config.labels,
+            service=self.config.service,
+        )
+
+    def package_model(
+        self,
+        build_bento: bool = True,
+        create_docker: bool = False,
+        tracking: TrackingClient | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Do it all.
+
+        Args:
+            build_bento: also build the Bento.
+            create_docker: also build its container image; needs a container engine.
+            tracking: the client whose run is given the tags and the digest.
+            progress: called with each number of bytes that was read.
+
+        Returns:
+            `success` (True), `model_tag`, `model_digest`, `model_path`, `bento_tag` and
+            `docker_image` (None where not asked for), `base_model_tag`, `project_name`,
+            `description`, `num_files`, `size_bytes`, `renamed` (what was written differently from
+            what was asked), `unchanged` (True when all of it was there already), `tracking`.
+
+        Raises:
+            PackagingError: a step failed; what the earlier steps stored stays and is found again.
+        """
+        if build_bento:
+            self._check_servable()
+        elif create_docker:
+            raise ConfigError("create_docker=True needs build_bento=True")
+        model = self.create_bento_model(progress)
+        built = self.build_bento() if build_bento else None
+        result: dict[str, Any] = {
+            "success": True,
+            "model_tag": model.tag,
+            "model_digest": model.digest,
+            "model_path": str(model.path),
+            "bento_tag": built.tag if built else None,
+            "docker_image": bento.containerize(built.tag) if built and create_docker else None,
+            "base_model_tag": self._base.tag if self._base else None,
+            "project_name": self.config.project_name,
+            "description": self.validate_model_path().description,
+            "num_files": len(model.manifest.files),
+            "size_bytes": model.manifest.size,
+            "renamed": self.renamed,
+            "unchanged": not model.created and not (built and built.created),
+            "tracking": None,
+        }
+        if tracking is not None:
+            result["tracking"] = tracking.link_package(result)
+        return result
+
+    @property
+    def _version(self) -> str | None:
+        version = self.config.model_version
+        return tags.valid_version(version) if version is not None else None
+
+    @property
+    def _service_name(self) -> str:
+        name = self.config.service_name
+        return tags.valid_name(name, "service_name") if name is not None else self.model_name
+
+    def _resolve(self) -> ResolvedModel:
+        path = self.config.model_path
+        if path is None or not str(path):
+            raise ConfigError("PackageConfig.model_path is not set: name the folder to package")
+        if self._resolved is None:
+            is_path = Path(path).expanduser().exists()
+            if not is_path and not (isinstance(path, str) and references.is_hub_id(path)):
+                raise PackagingError(
+                    f"{path} does not exist: give the folder that the training wrote",
+                    "validate_model_path",
+                    {"path": str(path)},
+                )
+            resolved = references.resolve(path, base_model=self.config.base_model)
+            if resolved.base is not None:
+                check_adapter_fits(resolved.checkpoint, resolved.base.checkpoint)
+                if adapter_delta_is_zero(resolved.checkpoint):
+                    raise PackagingError(
+                        f"the adapter {path} changes nothing: all its B matrices are zero, as "
+                        "before training",
+                        "validate_model_path",
+                        {"path": str(path)},
+                    )
+            self._resolved = resolved
+        return self._resolved
+
+    def _framework(self, checkpoint: Checkpoint) -> str:
+        wanted = self.config.model_framework
+        return ModelFramework(wanted).value if wanted is not None else checkpoint.framework
+
+    def _check_framework(self, checkpoint: Checkpoint) -> None:
+        """A language model in safetensors is both MLX's and Transformers'; others are one thing."""
+        wanted = self._framework(checkpoint)
+        either = {ModelFramework.MLX.value, ModelFramework.TRANSFORMERS.value}
+        if wanted != checkpoint.framework and not {wanted, checkpoint.framework} <= either:
+            raise PackagingError(
+                f"model_framework is {wanted!r}, but {checkpoint.path} is {checkpoint.description}",
+                "validate_model_path",
+                {"path": str(checkpoint.path), "framework": checkpoint.framework},
+            )
+
+    def _check_servable(self) -> None:
+        checkpoint = self.validate_model_path()
+        if checkpoint.kind not in SERVED_KINDS:
+            raise PackagingError(
+                f"{checkpoint.path} is {checkpoint.description}: this version stores such models "
+                "but does not serve them; package it with build_bento=False",
+                "build_bento",
+                {"path": str(checkpoint.path), "kind": checkpoint.kind.value},
+            )
+
+    def _metadata(self, resolved: ResolvedModel) -> dict[str, Any]:
+        metadata = dict(self.config.metadata)
+        if self.config.description:
+            metadata.setdefault("description", self.config.description)
+        if resolved.revision:
+            metadata.setdefault("source", resolved.revision)
+        return metadata
+
+    def _store_base(self, adapter: ResolvedModel, progress: Progress | None) -> StoredModel:
+        """The store's entry for an adapter's base: the one it came from, or a new one."""
+        base = adapter.base
+        if base is None:
+            raise PackagingError("an adapter needs its base model", "create_bento_model")
+        if base.tag is not None:
+            return ModelStore().get(base.tag)
+        name = base.revision.partition("@")[0] if base.revision else base.path.name
+        files = list_files(base.path)
+        return ModelStore().save(
+            tags.valid_name(name, "base_model"),
+            None,
+            [(file.relative_path, file.path) for file in files],
+            kind=base.checkpoint.kind.value,
+            framework=base.checkpoint.framework,
+            labels={"project": self.config.project_name, "role": "base"},
+            metadata={"source": base.revision} if base.revision else {},
+            progress=progress,
+            reuse=True,
+        )
+
+
+def package_model(
+    model_path: str | Path,
+    model_name: str | None = None,
+    project_name: str = "default",
+    model_framework: ModelFramework | str | None = None,
+    build_bento: bool = True,
+    create_docker: bool = False,
+    tracking: TrackingClient | None = None,
+    progress: Progress | None = None,
+    **config: Any,
+) -> dict[str, Any]:
+    """Package a model in one call.
+
+    Args:
+        config: further fields of `PackageConfig`.
+
+    Returns:
+        What `ModelPackager.package_model` returns: `result["model_tag"]`, `result["bento_tag"]`, …
+
+    Raises:
+        ConfigError: `config` names a field that there is not, or a value that is not allowed.
+        BentoMLError: packaging failed; carries `operation` and `details`.
+    """
+    given: dict[str, Any] = {
+        "model_path": model_path,
+        "model_name": model_name,
+        "project_name": project_name,
+        "model_framework": model_framework,
+    }
+    packager = ModelPackager(PackageConfig(**given, **config))
+    return packager.package_model(build_bento, create_docker, tracking, progress)

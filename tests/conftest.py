@@ -1,0 +1,48 @@
+"""What every test has: a marker from its folder, and a BentoML store of its own when it asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TESTS = Path(__file__).parent
+STORE_PROVIDERS = (
+    "bentoml_home",
+    "tmp_bento_store_dir",
+    "bento_store_dir",
+    "model_store_dir",
+    "env_store_dir",
+    "bento_store",
+    "tmp_bento_store",
+    "model_store",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        level = Path(item.path).relative_to(TESTS).parts[0]
+        if level in {"unit", "integration", "e2e", "docs"}:
+            item.add_marker(level)
+
+
+@pytest.fixture
+def bentoml_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty BentoML store, for this process and for those it starts."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    home = tmp_path / "bentoml"
+    monkeypatch.setenv("BENTOML_HOME", str(home))
+
+    def forget() -> None:
+        for name in STORE_PROVIDERS:
+            getattr(BentoMLContainer, name).reset()
+
+    forget()
+    yield home
+    forget()
