@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,17 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def bentoml_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def bentoml_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty BentoML store, for this process and for those it starts."""
     from bentoml._internal.configuration.containers import BentoMLContainer
+    from simple_di import sentinel
 
     home = tmp_path / "bentoml"
     monkeypatch.setenv("BENTOML_HOME", str(home))
-
-    def forget() -> None:
-        for name in STORE_PROVIDERS:
-            getattr(BentoMLContainer, name).reset()
-
-    forget()
-    yield home
-    forget()
+    # BentoML looks at BENTOML_HOME once a process: let it look again, now and afterwards.
+    for name in STORE_PROVIDERS:
+        provider = getattr(BentoMLContainer, name)
+        provider.reset()
+        monkeypatch.setattr(provider, "_cache", sentinel)
+    return home

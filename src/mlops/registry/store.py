@@ -29,7 +29,7 @@ from typing import Any
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import tags
 from mlops.registry.blobs import BlobStore, Progress, hash_file, store_failure
-from mlops.registry.manifest import FILE_NAME, Manifest, StoredFile, read_manifest
+from mlops.registry.manifest import FILE_NAME, Manifest, read_manifest
 
 MODULE = "mlops.registry"
 """What `model.yaml` names as the module that made an entry."""
@@ -83,16 +83,14 @@ class ModelStore:
 
     def __init__(self) -> None:
         from bentoml._internal.configuration.containers import BentoMLContainer
+        from bentoml.exceptions import BentoMLException
 
         try:
             self.models = Path(BentoMLContainer.model_store.get()._path)
             self.bentos = Path(BentoMLContainer.bento_store.get()._path)
-        except OSError as exc:
-            raise store_failure(exc, Path(os.environ.get("BENTOML_HOME", "~/bentoml"))) from exc
-        except Exception as exc:
-            # BentoML wraps a home that cannot be made in its own error.
+        except (OSError, BentoMLException) as exc:
             raise PackagingError(
-                f"BentoML's store cannot be opened: {exc}; allow writing there or set BENTOML_HOME",
+                f"the model store cannot be opened: {exc}; allow writing there or set BENTOML_HOME",
                 _OPERATION,
                 {"path": os.environ.get("BENTOML_HOME", "~/bentoml")},
             ) from exc

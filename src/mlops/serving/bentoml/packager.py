@@ -379,6 +379,7 @@ def package_model(
     model_path: str | Path,
     model_name: str | None = None,
     project_name: str = "default",
+    *,
     model_framework: ModelFramework | str | None = None,
     build_bento: bool = True,
     create_docker: bool = False,
