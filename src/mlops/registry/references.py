@@ -8,6 +8,7 @@ from pathlib import Path
 from mlops.checkpoints import Checkpoint, CheckpointKind, hub, recognise
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import tags
+from mlops.registry.manifest import is_digest
 from mlops.registry.store import ModelStore
 
 
@@ -41,8 +42,8 @@ def resolve(
     """Find a model, and the base model when it is an adapter. No weights are loaded.
 
     Args:
-        model: a folder or file, a model tag (`name`, `name:version`) or a hub id (`org/name`,
-            `org/name@revision`), tried in this order.
+        model: a folder or file, a model tag (`name`, `name:version`, either with `@sha256:…`) or a
+            hub id (`org/name`, `org/name@revision`), tried in this order.
         base_model: the same for the base of an adapter; by default what the adapter names.
         digest: what the entry of a tag must have.
 
@@ -95,9 +96,13 @@ def _find(model: str | Path) -> ResolvedModel:
     path = Path(text).expanduser()
     if path.exists():
         return ResolvedModel(path.resolve(), recognise(path))
-    if isinstance(model, str) and tags.is_tag(text):
-        entry = ModelStore().get(text)
-        return ResolvedModel(entry.path, recognise(entry.path), entry.tag, entry.digest)
+    tag, _, digest = text.partition("@")
+    if isinstance(model, str) and tags.is_tag(tag) and (not digest or is_digest(digest)):
+        entry = ModelStore().get(tag)
+        resolved = ResolvedModel(entry.path, recognise(entry.path), entry.tag, entry.digest)
+        if digest:
+            verify_digest(resolved, digest)
+        return resolved
     if isinstance(model, str) and is_hub_id(text):
         name, _, revision = text.partition("@")
         snapshot = hub.download(name, revision or None)

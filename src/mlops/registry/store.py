@@ -63,6 +63,11 @@ class StoredModel:
         return self.manifest.digest
 
     @property
+    def reference(self) -> str:
+        """Tag and digest, `name:version@sha256:…`: this content and no other."""
+        return f"{self.tag}@{self.digest}"
+
+    @property
     def name(self) -> str:
         """The part of the tag before the colon."""
         return self.tag.partition(":")[0]

@@ -45,11 +45,11 @@ _SERVICE = '''"""Serves {tag}; written when the Bento was built."""
 from mlops.serving.bentoml.service import create_bentoml_service
 
 svc = create_bentoml_service(
-    {tag!r},
-    digest={digest!r},
+    {model!r},
     model_type={model_type!r},
     service_name={name!r},
     project_name={project!r},
+    adapters={adapters!r},
     config={config!r},
 )
 '''
@@ -68,6 +68,7 @@ class BuiltBento:
 def build(
     model: StoredModel,
     base: StoredModel | None,
+    adapters: Mapping[str, StoredModel],
     *,
     name: str,
     version: str | None,
@@ -80,6 +81,7 @@ def build(
 
     Args:
         base: the entry of the base model, for an adapter.
+        adapters: further adapters of the model, by the name that a request gives.
         name, version: valid parts of a tag; a version of None is made from the Bento's content.
         service: settings that the service starts with, other than its names.
 
@@ -91,7 +93,8 @@ def build(
         settings.pop(given_elsewhere, None)
     source = _SERVICE.format(
         tag=model.tag,
-        digest=model.digest,
+        model=model.reference,
+        adapters={key: entry.reference for key, entry in sorted(adapters.items())},
         model_type="lora" if base else "mlx",
         name=name,
         project=project_name,
@@ -125,7 +128,7 @@ def build(
             labels={**labels, "project": project_name, DIGEST_LABEL: digest},
             requirements=requirements,
             wheel=wheel,
-            models=[entry.tag for entry in (model, base) if entry],
+            models=sorted({entry.tag for entry in (model, base, *adapters.values()) if entry}),
         )
         if not publish(built, store.bentos, *tag.split(":")):
             return _keep(tag, place, digest)

@@ -53,6 +53,8 @@ class PackageConfig:
         metadata: plain values, kept with the model.
         include_patterns, exclude_patterns: globs as in `.gitignore`; by default every file.
         base_model: folder, tag or hub id of an adapter's base; by default what the adapter names.
+        adapters: further adapters of a full model (folder or tag each), by the name that a request
+            gives; the Bento serves them all over the one base.
         service: settings that the Bento's service starts with.
     """
 
@@ -68,6 +70,7 @@ class PackageConfig:
     include_patterns: list[str] = field(default_factory=list)
     exclude_patterns: list[str] = field(default_factory=list)
     base_model: str | Path | None = None
+    adapters: dict[str, str | Path] = field(default_factory=dict)
     service: BentoMLConfig | None = None
 
     def __new__(cls, *_: object, **given: object) -> Self:
@@ -114,6 +117,9 @@ class PackageConfig:
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(item, str) for item in patterns):
                 raise ConfigError(f"{name} must be a list of globs, not {patterns!r}")
+        for name in self.adapters:
+            if tags.valid_name(name, "adapters") != name:
+                raise ConfigError(f"adapters: {name!r} is no name; use a-z, 0-9, '-' and '_'")
         for key, value in self.labels.items():
             if not (isinstance(key, str) and isinstance(value, str)):
                 raise ConfigError(f"labels must map text to text; {key!r} has {value!r}")
@@ -128,6 +134,7 @@ class ModelPackager:
         self._resolved: ResolvedModel | None = None
         self._model: StoredModel | None = None
         self._base: StoredModel | None = None
+        self._adapters: dict[str, StoredModel] = {}
 
     @property
     def model_name(self) -> str:
@@ -214,6 +221,10 @@ class ModelPackager:
             metadata=self._metadata(resolved),
             progress=progress,
         )
+        self._adapters = {
+            name: self._store_adapter(name, source, self._model)
+            for name, source in sorted(self.config.adapters.items())
+        }
         return self._model
 
     def build_bento(self) -> bento.BuiltBento:
@@ -227,6 +238,7 @@ class ModelPackager:
         return bento.build(
             model,
             self._base,
+            self._adapters,
             name=self._service_name,
             version=self._version,
             project_name=self.config.project_name,
@@ -252,8 +264,8 @@ class ModelPackager:
 
         Returns:
             `success` (True), `model_tag`, `model_digest`, `model_path`, `bento_tag` and
-            `docker_image` (None where not asked for), `base_model_tag`, `project_name`,
-            `description`, `num_files`, `size_bytes`, `renamed` (what was written differently from
+            `docker_image` (None where not asked for), `base_model_tag`, `adapter_tags` (by name),
+            `project_name`, `description`, `num_files`, `size_bytes`, `renamed` (what was written differently from
             what was asked), `unchanged` (True when all of it was there already), `tracking`.
 
         Raises:
@@ -273,6 +285,7 @@ class ModelPackager:
             "bento_tag": built.tag if built else None,
             "docker_image": bento.containerize(built.tag) if built and create_docker else None,
             "base_model_tag": self._base.tag if self._base else None,
+            "adapter_tags": {name: entry.tag for name, entry in self._adapters.items()},
             "project_name": self.config.project_name,
             "description": self.validate_model_path().description,
             "num_files": len(model.manifest.files),
@@ -308,15 +321,9 @@ class ModelPackager:
                     {"path": str(path)},
                 )
             resolved = references.resolve(path, base_model=self.config.base_model)
-            if resolved.base is not None:
-                check_adapter_fits(resolved.checkpoint, resolved.base.checkpoint)
-                if adapter_delta_is_zero(resolved.checkpoint):
-                    raise PackagingError(
-                        f"the adapter {path} changes nothing: all its B matrices are zero, as "
-                        "before training",
-                        "validate_model_path",
-                        {"path": str(path)},
-                    )
+            if resolved.is_adapter and self.config.adapters:
+                raise ConfigError(f"adapters belong to a full model, and {path} is an adapter")
+            _check_adapter(resolved)
             self._resolved = resolved
         return self._resolved
 
@@ -372,6 +379,43 @@ class ModelPackager:
             metadata={"source": base.revision} if base.revision else {},
             progress=progress,
             reuse=True,
+        )
+
+    def _store_adapter(self, name: str, source: str | Path, model: StoredModel) -> StoredModel:
+        """The store's entry for one of `config.adapters`, with `model` as its base."""
+        adapter = references.resolve(source, base_model=model.tag)
+        if not adapter.is_adapter:
+            raise PackagingError(
+                f"adapters[{name!r}] is {adapter.checkpoint.description}, not an adapter",
+                "create_bento_model",
+                {"path": str(source)},
+            )
+        _check_adapter(adapter)
+        if adapter.tag is not None:
+            return ModelStore().get(adapter.tag)
+        return ModelStore().save(
+            tags.valid_name(f"{self.model_name}-{name}", "adapters"),
+            None,
+            [(file.relative_path, file.path) for file in list_files(adapter.path)],
+            kind=adapter.checkpoint.kind.value,
+            framework=adapter.checkpoint.framework,
+            base=model,
+            labels={"project": self.config.project_name},
+            reuse=True,
+        )
+
+
+def _check_adapter(adapter: ResolvedModel) -> None:
+    """Refuse an adapter that does not fit its base, or does nothing."""
+    if adapter.base is None:
+        return
+    check_adapter_fits(adapter.checkpoint, adapter.base.checkpoint)
+    if adapter_delta_is_zero(adapter.checkpoint):
+        raise PackagingError(
+            f"the adapter {adapter.path} changes nothing: all its B matrices are zero, as before "
+            "training",
+            "validate_model_path",
+            {"path": str(adapter.path)},
         )
 
 
