@@ -104,9 +104,7 @@ def run(runs: int) -> list[Figure]:
             at_least=False,
             raw={"bytes": [one["bytes"] for one in ours]},
         ),
-        Figure(
-            "the same by BentoML", "(bytes)", [one["bytes"] / one["stored"] for one in theirs]
-        ),
+        Figure("the same by BentoML", "(bytes)", [one["bytes"] / one["stored"] for one in theirs]),
         Figure(
             "MiB written to store the same weights under another tag",
             "(MiB)",
