@@ -1,0 +1,1 @@
+"""`mlops demo`: the whole way from training to an answer over HTTP, on real parts."""

@@ -1,0 +1,30 @@
+"""`mlops demo`: the whole way from training to an answer over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = """Examples:
+
+    mlops demo
+
+    mlops demo --model mlx-community/Llama-3.2-1B-Instruct-4bit --keep-serving
+"""
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Your own base model: a folder or a Hugging Face id.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path(".demo"),
+    keep_serving: Annotated[
+        bool, typer.Option("--keep-serving", help="Leave the service running until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Fine-tune two adapters, track, package and serve them, and ask them over HTTP."""
+    from mlops.demo.run import run_demo
+
+    run_demo(model, folder, keep_serving)

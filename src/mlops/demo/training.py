@@ -1,0 +1,117 @@
+"""LoRA fine-tuning with mlx-lm's own trainer, tracked in MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlops import hardware
+from mlops.demo.lessons import Lesson, conversations
+
+if TYPE_CHECKING:
+    from mlops.client import TrackingClient
+
+Report = Callable[[int, float], None]
+"""Called with the iteration and the training loss there."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one fine-tuning; the defaults suit the demo's own 3M-parameter model."""
+
+    rank: int = 16
+    scale: float = 4.0
+    num_layers: int = -1
+    iterations: int = 100
+    batch_size: int = 4
+    learning_rate: float = 2e-3
+    max_tokens: int = 256
+    seed: int = 0
+
+
+def train_adapter(
+    base: Path,
+    lesson: Lesson,
+    recipe: Recipe,
+    folder: Path,
+    client: TrackingClient,
+    report: Report,
+) -> None:
+    """Train one adapter on `base` and write it to `folder` in mlx-lm's format.
+
+    The loss goes to a run of `client`, with the recipe as its parameters. The folder appears when
+    training is complete.
+    """
+    hardware.ensure_blas()
+    hardware.select_device()
+    import mlx.core as mx
+    import mlx.optimizers
+    from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load
+
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    lora = {"rank": recipe.rank, "scale": recipe.scale, "dropout": 0.0}
+    mx.random.seed(recipe.seed)
+    model, tokenizer = load(str(base))
+    if hardware.detect().mlx_backend == "cpu":
+        model.set_dtype(mx.float32)  # the only type that MLX's CPU kernels multiply fast
+    model.freeze()
+    num_layers = recipe.num_layers if recipe.num_layers > 0 else len(model.layers)
+    linear_to_lora_layers(model, num_layers, lora)
+    config = {
+        "fine_tune_type": "lora",
+        "model": str(base),
+        "num_layers": num_layers,
+        "lora_parameters": lora,
+    }
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    with client.start_run(run_name=f"lora-{lesson.name}", tags={"lesson": lesson.style}):
+        client.log_params({"adapter": lesson.name, **asdict(recipe)})
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(
+                model=model,
+                optimizer=mlx.optimizers.Adam(learning_rate=recipe.learning_rate),
+                train_dataset=CacheDataset(
+                    ChatDataset(conversations(lesson), tokenizer, mask_prompt=True)
+                ),
+                args=TrainingArgs(
+                    batch_size=recipe.batch_size,
+                    iters=recipe.iterations,
+                    steps_per_report=5,
+                    steps_per_save=recipe.iterations,
+                    max_seq_length=recipe.max_tokens,
+                    adapter_file=str(partial / "adapters.safetensors"),
+                ),
+                training_callback=_Tracked(client, report),
+            )
+    for checkpoint in partial.glob("0*_adapters.safetensors"):
+        checkpoint.unlink()
+    partial.rename(folder)
+
+
+class _Tracked:
+    """What mlx-lm's trainer calls at every report: the loss goes to MLflow and to the screen."""
+
+    def __init__(self, client: TrackingClient, report: Report) -> None:
+        self.client = client
+        self.report = report
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        iteration, loss = int(train_info["iteration"]), float(train_info["train_loss"])
+        self.client.log_metrics(
+            {"train_loss": loss, "tokens_per_second": float(train_info["tokens_per_second"])},
+            step=iteration,
+        )
+        self.report(iteration, loss)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """There is no validation set."""
