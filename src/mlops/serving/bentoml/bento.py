@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +46,8 @@ _SERVICE = '''"""Serves {tag}; written when the Bento was built."""
 from mlops.serving.bentoml.service import create_bentoml_service
 
 svc = create_bentoml_service(
-    {model!r},
+    {tag!r},
+    digest={digest!r},
     model_type={model_type!r},
     service_name={name!r},
     project_name={project!r},
@@ -93,7 +95,7 @@ def build(
         settings.pop(given_elsewhere, None)
     source = _SERVICE.format(
         tag=model.tag,
-        model=model.reference,
+        digest=model.digest,
         adapters={key: entry.reference for key, entry in sorted(adapters.items())},
         model_type="lora" if base else "mlx",
         name=name,
@@ -103,7 +105,9 @@ def build(
     requirements = pinned_requirements()
     store = ModelStore()
     with store.writing(), store.staging() as staging:
-        wheel = write_wheel(staging)
+        context = staging / "context"
+        context.mkdir()
+        wheel = write_wheel(context)
         digest = digest_of(
             {
                 "service": source,
@@ -117,8 +121,6 @@ def build(
         place = store.bentos / tag.replace(":", "/")
         if (place / "bento.yaml").is_file():
             return _keep(tag, place, digest)
-        context = staging / "context"
-        context.mkdir()
         (context / "service.py").write_text(source, encoding="utf-8")
         built = _create(
             context,
@@ -276,7 +278,7 @@ def _create(
         models=models,
         python={
             "packages": requirements,
-            "wheels": [str(wheel)],
+            "wheels": [wheel.name],
             "lock_packages": False,  # locking asks the network; these are pinned already
         },
         docker={
@@ -286,7 +288,7 @@ def _create(
         },
     )
     try:
-        with _private_service_module():
+        with _private_import():
             # "no_image" selects the layout whose env/python/wheels holds our wheel.
             bento = Bento.create(
                 config, version=version, build_ctx=str(context), enabled_features=["no_image"]
@@ -303,13 +305,20 @@ def _create(
 
 
 @contextlib.contextmanager
-def _private_service_module() -> Iterator[None]:
-    """Let BentoML import our `service.py` without touching a user's module of that name."""
+def _private_import() -> Iterator[None]:
+    """Let BentoML import our `service.py` and leave no trace of that in this process.
+
+    BentoML changes the working directory and the import path, and does not change them back when
+    the import fails; a module of the user's that is called `service` too is kept aside.
+    """
     with _IMPORT_LOCK:
+        folder, path = Path.cwd(), list(sys.path)
         others = sys.modules.pop("service", None)
         try:
             yield
         finally:
+            os.chdir(folder)
+            sys.path[:] = path
             sys.modules.pop("service", None)
             if others is not None:
                 sys.modules["service"] = others

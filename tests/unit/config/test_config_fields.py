@@ -1,0 +1,250 @@
+"""Every field says what it may hold, when it is made, assigned and used."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlops.errors import ConfigError
+from mlops.serving.bentoml.config import (
+    AppleSiliconOptimization,
+    BentoMLConfig,
+    ModelFramework,
+    ServingBackend,
+)
+
+LINE = "a" * 255
+NOT_TEXT = [1, b"a", ["a"], ""]
+NOT_A_FLAG = [1, 0, "true", None]
+
+GOOD: dict[str, list[Any]] = {
+    "service_name": ["my_service", "qwen2.5", "A", "x" * 63],
+    "project_name": ["lora-finetuning-mlx", "two words", "Öl"],
+    "model_path": [None, "outputs/checkpoints/checkpoint_epoch_2", "name:1.0.0"],
+    "model_name": [None, "adapter"],
+    "model_version": [None, "1.0.0"],
+    "model_framework": list(ModelFramework),
+    "serving_backend": list(ServingBackend),
+    "workers": [1, 2, 256],
+    "max_batch_size": [1, 32, 1024],
+    "max_latency_ms": [0, 10, 1000],
+    "timeout": [1, 0.5, 86_400],
+    "host": ["127.0.0.1", "0.0.0.0", "::1", "localhost"],  # noqa: S104
+    "port": [1, 3000, 65_535],
+    "enable_swagger": [True, False],
+    "enable_metrics": [True, False],
+    "cpu_per_worker": [None, 1, 0.5],
+    "memory_per_worker_mb": [None, 1, 4096],
+    "enable_apple_silicon_optimization": [True, False],
+    "apple_silicon": [AppleSiliconOptimization(enable_ane=True)],
+    "ray_serve_enabled": [True, False],
+    "ray_address": [None, "auto", "local", "10.0.0.1:6379", "ray://head.local:10001", "[::1]:6379"],
+    "ray_deployment_name": [None, "adapters"],
+    "ray_min_replicas": [None, 1, 4],
+    "ray_max_replicas": [None, 1, 1000],
+    "labels": [{}, {"env": "production", "note": ""}],
+}
+
+BAD: dict[str, list[Any]] = {
+    "service_name": [
+        *NOT_TEXT,
+        *(None, "x" * 64, "a b", "-a", "a/b", 'a"', "a\n", "ä", "http", "workers"),
+    ],
+    "project_name": [*NOT_TEXT, None, "a\nb", "a\x00", LINE + "a"],
+    "model_path": [1, "", "a\nb", "a\x1b", "a" * 4097],
+    "model_name": [*NOT_TEXT, "a\nb"],
+    "model_version": [*NOT_TEXT, 1.0, "1\n"],
+    "model_framework": ["keras", "MLX", None, 1, ["mlx"]],
+    "serving_backend": ["ray", None, 1],
+    "workers": [0, -1, 257, 1.0, True, "2", None],
+    "max_batch_size": [0, 1025, True, "32", 1.5],
+    "max_latency_ms": [-1, 600_001, 0.5, False],
+    "timeout": [0, -1, float("nan"), float("inf"), 86_401, True, "300", None],
+    "host": ["", "example.org", "1.2.3", "127.0.0.1:3000", "::1%a\n", None, 1],
+    "port": [0, 65_536, "3000", True],
+    "enable_swagger": NOT_A_FLAG,
+    "enable_metrics": NOT_A_FLAG,
+    "cpu_per_worker": [0, -1, float("nan"), True, "2"],
+    "memory_per_worker_mb": [0, 0.5, True, "512Mi"],
+    "enable_apple_silicon_optimization": NOT_A_FLAG,
+    "apple_silicon": [1, "M3", ["enable_ane"]],
+    "ray_serve_enabled": NOT_A_FLAG,
+    "ray_address": ["", "head", "head:0", "head:99999", "http://head:1", "head:1\n", 6379],
+    "ray_deployment_name": ["", "a#b", "a/b", 1],
+    "ray_min_replicas": [0, True, "2"],
+    "ray_max_replicas": [0, 1001, 2.0],
+    "labels": [None, [], {"a": 1}, {1: "a"}, {"a": "b\n"}, {"": "a"}],
+}
+
+APPLE_BAD: dict[str, list[Any]] = {
+    "enable_mps": NOT_A_FLAG,
+    "enable_mlx": NOT_A_FLAG,
+    "enable_unified_memory": NOT_A_FLAG,
+    "enable_ane": NOT_A_FLAG,
+    "thermal_aware": NOT_A_FLAG,
+    "max_batch_size": [0, 1025, True, None],
+    "chip_type": ["", "apple", "M", "M3\n", 3],
+}
+
+
+def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+def test_every_field_has_examples_here() -> None:
+    names = {field.name for field in fields(BentoMLConfig)}
+    assert names == set(GOOD) == set(BAD)
+    assert {field.name for field in fields(AppleSiliconOptimization)} == set(APPLE_BAD)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(GOOD))
+def test_good_values_are_kept(name: str, value: Any) -> None:
+    assert getattr(BentoMLConfig(**{name: value}), name) == value
+    config = BentoMLConfig()
+    setattr(config, name, value)
+    config.validate()
+    assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(BAD))
+def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        BentoMLConfig(**{name: value})
+    config = BentoMLConfig()
+    before = getattr(config, name)
+    with pytest.raises(ConfigError, match=name):
+        setattr(config, name, value)
+    assert getattr(config, name) == before
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(APPLE_BAD))
+def test_bad_apple_silicon_values_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        AppleSiliconOptimization(**{name: value})
+    with pytest.raises(ConfigError, match=name):
+        BentoMLConfig(apple_silicon={name: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=name):
+        setattr(BentoMLConfig().apple_silicon, name, value)
+
+
+def test_an_error_names_field_value_and_what_is_allowed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        BentoMLConfig(workers=0)
+    assert str(caught.value) == (
+        "BentoMLConfig.workers = 0 is not allowed; use a whole number from 1 to 256"
+    )
+    with pytest.raises(ConfigError, match=r"one of 'mlx', 'pytorch', 'transformers', 'onnx'"):
+        BentoMLConfig(model_framework="keras")
+
+
+def test_an_unknown_field_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"'worker' \(given as 2\); did you mean 'workers'"):
+        BentoMLConfig(worker=2)  # type: ignore[call-arg]
+    config = BentoMLConfig()
+    with pytest.raises(ConfigError, match="did you mean 'max_batch_size'"):
+        config.max_batchsize = 8  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="did you mean 'enable_ane'"):
+        AppleSiliconOptimization(enable_an=True)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="fields are service_name, project_name"):
+        BentoMLConfig(zzz=2)  # type: ignore[call-arg]
+
+
+def test_an_error_stays_short_whatever_the_value() -> None:
+    for value in ["x" * 10**6, [["y" * 1000] * 1000] * 1000, 1 << 100_000]:
+        with pytest.raises(ConfigError) as caught:
+            BentoMLConfig(workers=value)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 1000
+
+
+def test_names_of_enums_and_paths_may_be_text() -> None:
+    config = BentoMLConfig(
+        model_framework="onnx", serving_backend="hybrid", model_path=Path("models/a")
+    )
+    assert config.model_framework is ModelFramework.ONNX
+    assert config.serving_backend is ServingBackend.HYBRID
+    assert config.model_path == "models/a"
+
+
+def test_the_default_apple_silicon_is_not_shared() -> None:
+    first, second = BentoMLConfig(), BentoMLConfig(apple_silicon=None)  # type: ignore[arg-type]
+    first.apple_silicon.enable_ane = True
+    assert second.apple_silicon == AppleSiliconOptimization()
+
+
+def test_labels_changed_in_place_are_checked_when_used() -> None:
+    config = BentoMLConfig(labels={"team": "ml"})
+    config.labels["team"] = "ml\nUSER root"
+    for use in (config.validate, config.to_bentoml_config):
+        with pytest.raises(ConfigError, match="labels"):
+            use()
+
+
+def test_fields_that_belong_together_may_be_assigned_in_any_order() -> None:
+    config = BentoMLConfig()
+    config.ray_min_replicas = 8
+    config.ray_max_replicas = 16
+    config.max_latency_ms = 400_000
+    config.timeout = 600
+    config.validate()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ray_min_replicas": 3, "ray_max_replicas": 2},
+        {"workers": 3, "ray_max_replicas": 2},
+        {"max_latency_ms": 1000, "timeout": 1},
+    ],
+)
+def test_contradictions_are_refused_when_made_and_when_used(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"ray_max_replicas|max_latency_ms"):
+        BentoMLConfig(**values)
+    config = BentoMLConfig()
+    for name, value in values.items():
+        setattr(config, name, value)
+    with pytest.raises(ConfigError, match=r"ray_max_replicas|max_latency_ms"):
+        config.to_bentoml_config()
+
+
+def test_a_configuration_can_be_copied_and_pickled() -> None:
+    config = BentoMLConfig(workers=2, labels={"team": "ml"})
+    assert copy.deepcopy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> BentoMLConfig:
+    flag = st.booleans()
+    line = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=20)
+    return BentoMLConfig(
+        workers=draw(st.integers(1, 4)),
+        timeout=draw(st.floats(601, 86_400) | st.integers(601, 86_400)),
+        service_name=draw(st.from_regex(r"s-[-._a-z0-9]{0,20}[a-z0-9]", fullmatch=True)),
+        model_framework=draw(st.sampled_from(ModelFramework)),
+        serving_backend=draw(st.sampled_from(ServingBackend)),
+        model_path=draw(st.none() | line),
+        cpu_per_worker=draw(st.none() | st.floats(0.1, 1024)),
+        labels=draw(st.dictionaries(line, line, max_size=4)),
+        enable_swagger=draw(flag),
+        ray_serve_enabled=draw(flag),
+        apple_silicon=AppleSiliconOptimization(
+            enable_ane=draw(flag),
+            enable_mps=draw(flag),
+            enable_mlx=draw(flag),
+            chip_type=draw(st.none() | st.sampled_from(["M1", "M4"])),
+        ),
+    )
+
+
+@given(configurations())
+def test_to_dict_and_from_dict_are_inverse(config: BentoMLConfig) -> None:
+    values = json.loads(json.dumps(config.to_dict()))
+    assert BentoMLConfig.from_dict(values) == config
