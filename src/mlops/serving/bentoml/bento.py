@@ -288,7 +288,7 @@ def _create(
         },
     )
     try:
-        with _private_import():
+        with _private_import(context):
             # "no_image" selects the layout whose env/python/wheels holds our wheel.
             bento = Bento.create(
                 config, version=version, build_ctx=str(context), enabled_features=["no_image"]
@@ -305,16 +305,18 @@ def _create(
 
 
 @contextlib.contextmanager
-def _private_import() -> Iterator[None]:
-    """Let BentoML import our `service.py` and leave no trace of that in this process.
+def _private_import(context: Path) -> Iterator[None]:
+    """Let BentoML import `service.py` of the folder `context`, with no trace in this process.
 
-    BentoML changes the working directory and the import path, and does not change them back when
-    the import fails; a module of the user's that is called `service` too is kept aside.
+    BentoML takes files from the working directory only. It changes that and the import path, and
+    does not change them back when the import fails. A module of the user's that is called `service`
+    too is kept aside.
     """
     with _IMPORT_LOCK:
         folder, path = Path.cwd(), list(sys.path)
         others = sys.modules.pop("service", None)
         try:
+            os.chdir(context)
             yield
         finally:
             os.chdir(folder)
