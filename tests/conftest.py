@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mlops.hardware import ensure_blas
+
+ensure_blas()  # before any test imports MLX
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

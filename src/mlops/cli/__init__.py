@@ -1,0 +1,80 @@
+"""The `mlops` command: parse, call, print. What it does lives in the packages below.
+
+Each command is a function in a module of its own, registered with one line below. Those modules
+import only the standard library and Typer at their top, so that `mlops --help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mlops import __version__
+from mlops.cli.demo import EPILOG as DEMO_EPILOG
+from mlops.cli.demo import demo
+from mlops.cli.doctor import doctor
+from mlops.cli.models import models
+from mlops.cli.package import EPILOG as PACKAGE_EPILOG
+from mlops.cli.package import package
+from mlops.cli.run import run
+from mlops.cli.serve import PREDICT_EPILOG, SERVE_EPILOG, predict, serve
+from mlops.errors import MLOpsError
+
+DEBUG_VARIABLE = "MLOPS_DEBUG"
+
+# Typer's rich help would take longer to import than all the rest.
+app = typer.Typer(
+    name="mlops",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+app.command(epilog=DEMO_EPILOG)(demo)
+app.command(epilog=PACKAGE_EPILOG)(package)
+app.command(epilog=SERVE_EPILOG)(serve)
+app.command(epilog=PREDICT_EPILOG)(predict)
+app.add_typer(models, name="models")
+app.command()(doctor)
+# What follows COMMAND, --help included, belongs to it.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+    run
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Show the traceback of an error ({DEBUG_VARIABLE}=1).")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Take a trained model to a verified, versioned BentoML package, and serve it fast on MLX."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"  # for the processes that a command starts, too
+
+
+def main() -> None:
+    """Run the command line. An error raised on purpose is one red sentence and exit status 1."""
+    try:
+        app()
+    except MLOpsError as error:
+        if os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}:
+            raise
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        sys.exit(1)

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from mlops.registry import StoredModel
@@ -22,6 +20,9 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List every model, with its project, kind, size and digest."""
+    from rich.console import Console
+    from rich.table import Table
+
     from mlops.registry import ModelStore
 
     entries = [
@@ -57,6 +58,8 @@ def show_model(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show one model: its files, digests, labels and base model."""
+    from rich.console import Console
+
     from mlops.registry import ModelStore
 
     store = ModelStore()

@@ -7,15 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 EPILOG = """Examples:
 
@@ -68,6 +59,16 @@ def package(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Store a trained model under a tag, verified and deduplicated, and build its Bento."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     from mlops.client import create_client
     from mlops.serving.bentoml.config import BentoMLConfig
     from mlops.serving.bentoml.packager import ModelPackager, PackageConfig
@@ -122,6 +123,8 @@ def _key_value(item: str) -> tuple[str, str]:
 
 
 def _print_result(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
     console = Console(highlight=False)
     word = "unchanged" if result["unchanged"] else "stored"
     size_mb = result["size_bytes"] / 2**20
