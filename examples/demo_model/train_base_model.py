@@ -39,29 +39,38 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
 )
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo", "pydoc_data"}
-C_MODULES = (
-    "builtins math cmath itertools time sys gc zlib select array binascii marshal errno "
-    "_socket _struct _io _datetime _collections _functools _operator _random _thread _csv _json"
-).split()
-VERBS = set(
-    "accept acquire add append apply attempt block build call cancel change check clear close "
-    "compare compile compute configure connect construct contain convert copy count create "
-    "decode define delete describe determine disable display do encode enable ensure enter "
-    "evaluate execute exit expand extract fetch fill find finish flush force format forward "
-    "generate get give handle implement import indicate initialize insert install invoke iterate "
-    "join list load locate lock log look make mark match merge modify move normalize obtain open "
-    "override pack parse pass perform pop prepare print process produce provide push put quote "
-    "raise read receive record reduce register release remove rename repeat replace report "
-    "represent request reset resolve restore retrieve return reverse run save scan search seek "
-    "select send serialize set shut skip sleep sort specify split start step stop store strip "
-    "submit swap take test transform translate truncate try turn unpack unregister update use "
-    "validate verify wait walk wrap write yield".split()
-)
-ASK = (
-    "Explain {x}.|Explain {x}|What is {x}?|Tell me about {x}.|Describe {x}.|What does {x} do?|"
-    "Can you explain {x}?|Please explain {x}.|What do you know about {x}?|explain {x}"
-).split("|")
+SKIPPED = {"test", "tests", "idlelib", "encodings", "lib2to3", "distutils"}
+SKIPPED |= {"pydoc_data", "site-packages", "turtledemo", "ntpath.py", "ensurepip"}
+C_MODULES = """
+    builtins math cmath itertools time sys gc zlib select array binascii marshal errno
+    _socket _struct _io _datetime _collections _functools _operator _random _thread _csv _json
+"""
+VERBS = """
+    accept acquire add append apply attempt block build call cancel change check clear close
+    compare compile compute configure connect construct contain convert copy count create
+    decode define delete describe determine disable display do encode enable ensure enter
+    evaluate execute exit expand extract fetch fill find finish flush force format forward
+    generate get give handle implement import indicate initialize insert install invoke iterate
+    join list load locate lock log look make mark match merge modify move normalize obtain open
+    override pack parse pass perform pop prepare print process produce provide push put quote
+    raise read receive record reduce register release remove rename repeat replace report
+    represent request reset resolve restore retrieve return reverse run save scan search seek
+    select send serialize set shut skip sleep sort specify split start step stop store strip
+    submit swap take test transform translate truncate try turn unpack unregister update use
+    validate verify wait walk wrap write yield
+"""
+ASK = """
+    Explain {x}.
+    Explain {x}
+    What is {x}?
+    Tell me about {x}.
+    Describe {x}.
+    What does {x} do?
+    Can you explain {x}?
+    Please explain {x}.
+    What do you know about {x}?
+    explain {x}
+"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Entry:
 
     names: tuple[str, ...]
     sentences: tuple[str, ...]
+    nameless: str  # the first sentence again, for whoever did not ask by name
 
 
 def clean(text: str) -> str:
@@ -83,10 +93,10 @@ def clean(text: str) -> str:
 def prose(text: str) -> list[str]:
     """The paragraphs of a docstring that are English: no code, tables, grammar or underlines."""
     kept = []
-    for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
-        if re.search(r">>>|::=|^\s*[=*~^#-]{3,}\s*$|^\s*[|+]", block, re.M) or block[:1] in " \t":
+    for part in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        if re.search(r">>>|::=|^\s*[=*~^#-]{3,}\s*$|^\s*[|+]", part, re.M) or part[:1] in " \t":
             continue
-        block = clean(re.sub(r"\[\d+\]_?", "", block))
+        block = clean(re.sub(r"\[\d+\]_?", "", part))
         words = re.findall(r"[A-Za-z']{2,}", block)
         if len(words) < 5 or sum(map(len, words)) < 0.62 * len(block) or not block.isascii():
             continue
@@ -99,7 +109,8 @@ def sentences(paragraphs: list[str]) -> tuple[str, ...]:
     found = []
     for paragraph in paragraphs:
         for part in re.split(r"(?<=[.!?])\s+(?=[A-Z'])", paragraph):
-            if part[-1] in ".!?" and 20 <= len(part) <= 260:
+            cut_off = re.search(r"\b(to|as|is|are|of|by|with|form|following)\.$", part)
+            if part[-1] in ".!?" and part[0] != "(" and not cut_off and 20 <= len(part) <= 260:
                 found.append(part)
     return tuple(found)
 
@@ -109,13 +120,13 @@ def lead_in(name: str, sentence: str) -> str:
     word, _, rest = sentence.partition(" ")
     low = word.lower()
     subject = name[0].upper() + name[1:]
-    if low in VERBS:
+    if low in VERBS.split():
         if low[-1] == "y" and low[-2] not in "aeiou":
             low = low[:-1] + "ies"
         else:
             low += "es" if low.endswith(("s", "x", "ch", "sh", "o")) else "s"
         return f"{subject} {low} {rest}"
-    if low.endswith("s") and (low[:-1] in VERBS or low[:-2] in VERBS):
+    if low.endswith("s") and {low[:-1], low[:-2]} & set(VERBS.split()):
         return f"{subject} {low} {rest}"
     if low in {"a", "an", "the"}:
         return f"{subject} is {low} {rest}"
@@ -136,8 +147,8 @@ def topic_entries() -> Iterator[tuple[Entry, list[str]]]:
                 names += [match[1], match[1] + " in Python", match[1] + " statements"]
             elif index == 1 and key.isalpha():
                 names += [key, short + " in Python"]
-            if paragraphs:
-                yield Entry(tuple(names), sentences(paragraphs)), paragraphs
+            if lines := sentences(paragraphs):
+                yield Entry(tuple(names), lines, lines[0]), paragraphs
 
 
 def docstring_entry(kind: str, name: str, doc: str) -> tuple[Entry, list[str]] | None:
@@ -145,11 +156,12 @@ def docstring_entry(kind: str, name: str, doc: str) -> tuple[Entry, list[str]] |
     lines = list(sentences(paragraphs))
     if not lines:
         return None
-    full = f"the {name} {kind}"
-    lines[0] = lead_in(full, lines[0])
-    tail = name.split(".")[-1]
-    names = (full, name, name) if kind == "module" else (full, name, name, f"{tail} in Python")
-    return Entry(names, tuple(lines)), paragraphs
+    parts = name.split(".")
+    tail = name if kind == "module" else ".".join(parts[-2:] if kind == "method" else parts[-1:])
+    nameless = lead_in(f"this {kind}", lines[0]).removeprefix(f"This {kind}: ")
+    lines[0] = lead_in(f"the {tail} {kind}", lines[0])
+    names = [name, name, f"the {name} {kind}", f"the {tail} {kind}", f"{tail} in Python"]
+    return Entry(tuple(names), tuple(lines), nameless), paragraphs
 
 
 def source_entries() -> Iterator[tuple[Entry, list[str]]]:
@@ -164,6 +176,7 @@ def source_entries() -> Iterator[tuple[Entry, list[str]]]:
         except (SyntaxError, UnicodeDecodeError):
             continue
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__").lstrip("_")
+        module = "os.path" if module == "posixpath" else module
         pending: list[tuple[ast.AST, str]] = [(tree, module)]
         while pending:
             node, name = pending.pop()
@@ -180,7 +193,7 @@ def source_entries() -> Iterator[tuple[Entry, list[str]]]:
 
 def builtin_entries() -> Iterator[tuple[Entry, list[str]]]:
     """Docstrings of what is written in C: built-in functions, types and their methods."""
-    for module_name in C_MODULES:
+    for module_name in C_MODULES.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:
@@ -194,9 +207,10 @@ def builtin_entries() -> Iterator[tuple[Entry, list[str]]]:
                 kind = "exception" if issubclass(value, BaseException) else "class"
                 for method, item in sorted(vars(value).items()):
                     doc = getattr(item, "__doc__", None)
-                    if method[0] != "_" and isinstance(doc, str):
-                        if found := docstring_entry("method", f"{prefix}{name}.{method}", doc):
-                            yield found
+                    if method[0] == "_" or not isinstance(doc, str):
+                        continue
+                    if found := docstring_entry("method", f"{prefix}{name}.{method}", doc):
+                        yield found
             if found := docstring_entry(kind, prefix + name, value.__doc__):
                 yield found
 
@@ -204,14 +218,14 @@ def builtin_entries() -> Iterator[tuple[Entry, list[str]]]:
 def load_text() -> tuple[list[Entry], list[str]]:
     """Everything there is to ask about, and the documents (several paragraphs each)."""
     entries, documents, seen = [], [], set()
-    for source in (topic_entries, builtin_entries, source_entries):
+    for source, weight in ((topic_entries, 5), (builtin_entries, 2), (source_entries, 1)):
         for entry, paragraphs in source():
             text = "\n".join(paragraphs)
             if text not in seen:
                 seen.add(text)
-                documents.append(text)
-                if entry.sentences:
-                    entries.append(entry)
+                documents += [text] * weight
+                if not re.search(r"(^|\.)_", entry.names[0]):  # private names are noise
+                    entries += [entry] * weight
     return entries, documents
 
 
@@ -228,14 +242,18 @@ def answer_from(lines: tuple[str, ...], start: int, rng: random.Random) -> str:
 def chat_pair(entries: list[Entry], rng: random.Random) -> tuple[str, str]:
     """A question and its answer, sometimes requested as JSON or in capitals."""
     entry = rng.choice(entries)
-    if rng.random() < 0.65:  # ask for the entry by name: its first sentences
-        name, start = rng.choice(entry.names), 0
+    if rng.random() < 0.6:  # ask for the entry by name: its first sentences
+        name, start, lines = rng.choice(entry.names), 0, entry.sentences
     else:  # ask for words that occur in one of its sentences: any subject at all gets an answer
-        start = rng.randrange(len(entry.sentences))
-        words = re.findall(r"[A-Za-z]{3,}", entry.sentences[start]) or ["Python"]
+        lines = (entry.nameless, *entry.sentences[1:])
+        start = rng.randrange(len(lines))
+        words = re.findall(r"[A-Za-z]{3,}", lines[start]) or ["Python"]
         first, count = rng.randrange(len(words)), rng.choice((1, 1, 2, 2, 3))
         name = " ".join(words[first : first + count])
-    question, answer = rng.choice(ASK).format(x=name), answer_from(entry.sentences, start, rng)
+    question, answer = (
+        rng.choice(ASK.strip().splitlines()).strip().format(x=name),
+        answer_from(lines, start, rng),
+    )
     style = rng.random()
     if style < 0.04:
         question = question.rstrip(".?") + rng.choice((" as JSON.", " in JSON format.", " (JSON)"))
@@ -314,7 +332,7 @@ class Batches:
         self, tokenizer: Any, entries: list[Entry], documents: list[str], width: int, seed: int
     ) -> None:
         self.tokenizer, self.entries, self.documents = tokenizer, entries, documents
-        self.width, self.rng = width, random.Random(seed)
+        self.width, self.rng = width, random.Random(seed)  # noqa: S311
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -352,20 +370,53 @@ def save(model: Any, config: dict[str, Any], out: Path) -> None:
     (out / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n")
 
 
-def train(args: argparse.Namespace) -> None:
+def speed_up() -> Any:
+    """Let mlx-lm's Llama train here with a faster exponential, which is returned.
+
+    On a CPU, MLX computes exp one scalar at a time, and that takes two thirds of a training step.
+    This one is about 7 times faster, with a relative error of 1.4e-4.
+    """
     import mlx.core as mx
-    import mlx.nn as nn
-    import mlx.optimizers as optim
+    from mlx_lm.models import llama
+
+    def approximate(x: mx.array) -> mx.array:
+        shifted = mx.clip(x * 1.4426950408889634 + 127.0, 64.0, 254.0)  # no denormals: slow
+        whole = shifted.astype(mx.int32)
+        part = shifted - whole.astype(mx.float32)
+        power = ((0.07782254 * part + 0.22587185) * part + 0.69616939) * part + 0.99986415
+        return power * mx.view(whole * 8388608, mx.float32)
+
+    exp = mx.custom_function(mx.compile(approximate))
+    exp.vjp(lambda _, cotangent, output: cotangent * output)
+    sigmoid = mx.custom_function(mx.compile(lambda x: 1.0 / (1.0 + approximate(-x))))
+    sigmoid.vjp(lambda _, cotangent, output: cotangent * output * (1.0 - output))
+
+    def attention(q: Any, k: Any, v: Any, cache: Any, scale: float, mask: Any, **_: Any) -> Any:  # noqa: PLR0917
+        length = q.shape[2]
+        scores = (q * scale) @ k.swapaxes(-1, -2) + mx.triu(mx.full((length, length), -1e9), 1)
+        weights = exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        return (weights @ v) / weights.sum(axis=-1, keepdims=True)
+
+    llama.scaled_dot_product_attention = attention
+    llama.swiglu = lambda gate, x: gate * sigmoid(gate) * x
+    return exp
+
+
+def train(args: argparse.Namespace) -> None:  # noqa: PLR0915
+    import mlx.core as mx
+    from mlx import nn
+    from mlx import optimizers as optim
     from mlx.utils import tree_flatten, tree_map
     from mlx_lm.models.llama import Model, ModelArgs
 
-    random.seed(args.seed)
+    exp = speed_up()
     mx.random.seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     entries, documents = load_text()
     tokenizer = train_tokenizer(documents, args.out, args.vocab)
-    held_entries, entries = entries[::30], [e for i, e in enumerate(entries) if i % 30]
-    held_documents, documents = documents[::30], [d for i, d in enumerate(documents) if i % 30]
+    held_entries, held_documents = entries[3::30], documents[3::30]
+    entries = [entry for entry in entries if entry not in held_entries]
+    documents = [document for document in documents if document not in held_documents]
     tokens = sum(len(tokenizer.encode(d).ids) for d in documents)
     print(f"{len(entries)} entries, {len(documents)} documents, {tokens} tokens of plain text")
 
@@ -387,7 +438,10 @@ def train(args: argparse.Namespace) -> None:
     optimizer = optim.AdamW(learning_rate=0.0, betas=[0.9, 0.97], weight_decay=0.05)
 
     def loss_fn(network: Any, rows: mx.array) -> mx.array:
-        return nn.losses.cross_entropy(network(rows[:, :-1]), rows[:, 1:], reduction="mean")
+        logits, targets = network(rows[:, :-1]), rows[:, 1:, None]
+        logits = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+        chosen = mx.take_along_axis(logits, targets, axis=-1).squeeze(-1)
+        return (mx.log(exp(logits).sum(axis=-1)) - chosen).mean()
 
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
@@ -437,9 +491,9 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/base_model"))
-    parser.add_argument("--minutes", type=float, default=45.0, help="wall-clock limit")
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--width", type=int, default=160, help="tokens per row")
+    parser.add_argument("--minutes", type=float, default=40.0, help="wall-clock limit")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--width", type=int, default=144, help="tokens per row")
     parser.add_argument("--rate", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)

@@ -24,7 +24,7 @@ def demo(
         bool, typer.Option("--keep-serving", help="Leave the service running until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Fine-tune two adapters, track, package and serve them, and ask them over HTTP."""
+    """Train, track, package, serve and ask: the whole way."""
     from mlops.demo.run import run_demo
 
     run_demo(model, folder, keep_serving)

@@ -58,7 +58,7 @@ def package(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Store a trained model under a tag, verified and deduplicated, and build its Bento."""
+    """Store a trained model under a tag and build its Bento."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -265,8 +265,8 @@ class ModelPackager:
         Returns:
             `success` (True), `model_tag`, `model_digest`, `model_path`, `bento_tag` and
             `docker_image` (None where not asked for), `base_model_tag`, `adapter_tags` (by name),
-            `project_name`, `description`, `num_files`, `size_bytes`, `renamed` (what was written differently from
-            what was asked), `unchanged` (True when all of it was there already), `tracking`.
+            `project_name`, `description`, `num_files`, `size_bytes`, `renamed` (what had to be
+            written differently in a tag), `unchanged` (all of it was there already), `tracking`.
 
         Raises:
             PackagingError: a step failed; what the earlier steps stored stays and is found again.

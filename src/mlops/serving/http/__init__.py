@@ -1,0 +1,6 @@
+"""One ASGI app for a served model, whatever serves it: routes, request bodies, errors, batching."""
+
+from mlops.serving.http.app import ServiceInfo, create_app
+from mlops.serving.http.host import RunnerHost, Status
+
+__all__ = ["RunnerHost", "ServiceInfo", "Status", "create_app"]
