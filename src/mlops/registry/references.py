@@ -123,13 +123,11 @@ def is_hub_id(text: str) -> bool:
 
 
 def _with_base(adapter: ResolvedModel, base_model: str | Path | None) -> ResolvedModel:
-    if base_model is None and adapter.tag is not None:
-        manifest = ModelStore().get(adapter.tag).manifest
-        if manifest.base_tag:
-            base = _find(manifest.base_tag)
-            if manifest.base_digest:
-                verify_digest(base, manifest.base_digest)
-            return replace(adapter, base=base)
+    manifest = ModelStore().get(adapter.tag).manifest if adapter.tag is not None else None
+    if base_model is None and manifest is not None and manifest.base_tag:
+        base = _find(manifest.base_tag)
+        verify_digest(base, manifest.base_digest or "")
+        return replace(adapter, base=base)
     info = adapter.checkpoint.adapter
     named = base_model or (info.base_model if info else None)
     if not named:
@@ -154,5 +152,12 @@ def _with_base(adapter: ResolvedModel, base_model: str | Path | None) -> Resolve
             f"the base model {str(named)!r} of the adapter {adapter.path} is itself an adapter",
             "resolve",
             {"path": str(adapter.path), "base_model": str(named)},
+        )
+    trained_on = manifest.base_digest if manifest is not None else None
+    if trained_on and base.digest and base.digest != trained_on:
+        raise PackagingError(
+            f"the adapter {adapter.tag} was packaged for another base model than {named}",
+            "resolve",
+            {"adapter": adapter.tag, "expected": trained_on, "found": base.digest},
         )
     return replace(adapter, base=base)

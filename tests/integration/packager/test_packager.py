@@ -373,3 +373,22 @@ def test_no_container_engine_is_said_clearly(
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     with pytest.raises(PackagingError, match="no container engine answers"):
         package_model(base, "demo", create_docker=True)
+
+
+def test_stored_adapter_over_another_base_is_refused(
+    bentoml_home: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    write_language_model(other, seed=9)  # the same shapes, other weights
+    tone = package_model(adapter, "tone", build_bento=False)["model_tag"]
+    with pytest.raises(PackagingError, match="was packaged for another base model"):
+        package_model(other, "other", adapters={"tone": tone})
+
+
+def test_reference_with_a_digest_is_that_content_and_no_other(
+    bentoml_home: Path, base: Path
+) -> None:
+    result = package_model(base, "demo", build_bento=False)
+    assert resolve(f"demo@{result['model_digest']}").tag == result["model_tag"]
+    with pytest.raises(IntegrityError, match="nothing of it is served"):
+        resolve("demo@sha256:" + "0" * 64)
