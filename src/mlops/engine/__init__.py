@@ -2,7 +2,8 @@
 
     owner       the one thread that touches MLX
     request     what may be asked, checked without MLX
-    loading     checkpoint -> model in memory (layout: as the device likes the weights)
+    loading     checkpoint -> model in memory (layout: as the device likes the weights;
+                batching: whether requests can share a forward pass)
     adapters    adapters in memory, put into the model for the time of a generation (layers)
     prompts     text or messages -> token ids
     generation  token ids -> text (sampling, stops)

@@ -1,0 +1,58 @@
+"""Which architectures the installed mlx-lm has, found without importing it (that takes seconds)."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlops.errors import MissingDependencyError
+
+_HAS_MODEL = re.compile(r"^class Model\b|^from \S+ import .*\bModel\b|^Model\s*=", re.MULTILINE)
+
+
+def is_supported(config: Mapping[str, Any]) -> bool:
+    """True when mlx-lm has a model class for this `config.json`, whose `model_type` is text.
+
+    Raises:
+        MissingDependencyError: mlx-lm is not installed.
+    """
+    name = _remapped(config["model_type"], config.get("architectures"))
+    module = next(
+        (file for file in (_package_folder() / "models").iterdir() if file.name == f"{name}.py"),
+        None,
+    )
+    return module is not None and bool(_HAS_MODEL.search(module.read_text(encoding="utf-8")))
+
+
+def _remapped(model_type: str, architectures: Any) -> str:
+    by_type, by_architecture = _remappings(_package_folder())
+    names = [architectures] if isinstance(architectures, str) else architectures
+    for architecture in names if isinstance(names, list) else ():
+        if found := by_architecture.get((model_type, str(architecture))):
+            return found
+    return by_type.get(model_type, model_type)
+
+
+@cache
+def _package_folder() -> Path:
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError("mlx-lm")
+    return Path(spec.origin).parent
+
+
+@cache
+def _remappings(package: Path) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+    """The literal tables in `mlx_lm.utils`: other names of a `model_type`."""
+    tables: dict[str, Any] = {}
+    for node in ast.parse((package / "utils.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in {"MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"}:
+                tables[name] = ast.literal_eval(node.value)
+    return tables.get("MODEL_REMAPPING", {}), tables.get("MODEL_ARCHITECTURE_REMAPPING", {})

@@ -1,0 +1,159 @@
+"""What was recognised on disk, as plain records that every other layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointKind(StrEnum):
+    """What a checkpoint is, and so what can be done with it."""
+
+    LANGUAGE_MODEL = "language_model"
+    ADAPTER = "adapter"
+    PYTORCH = "pytorch"
+    ONNX = "onnx"
+    COREML = "coreml"
+    MLX_FUNCTION = "mlx_function"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        dtype: as safetensors writes it: `F32`, `BF16`, `U32`, …
+        shape: as stored, so packed for a quantized tensor.
+        file: name of the weight file, relative to the checkpoint.
+        offset: position of the first byte in that file.
+        nbytes: length in bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of stored elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """The low-rank update of one module of the base model.
+
+    The update of a linear layer is `scale * (x @ A @ B)` with A `(in, rank)` and B `(rank, out)`.
+    For an embedding `in` counts its rows, for stacked experts A and B have one matrix each.
+
+    Attributes:
+        name: path of the module in the base model: `model.layers.0.self_attn.q_proj`.
+        rank: taken from the tensors.
+        scale: factor of the update; `alpha / rank` is already worked out.
+        key_a, key_b: names of the tensors A and B in `file`.
+        key_m: name of DoRA's magnitude, shape `(out,)` (an embedding: its rows), or None.
+        file: absolute path of the safetensors file.
+        transposed: the tensors are stored as A `(rank, in)` and B `(out, rank)`; with
+            `num_experts`, as `(num_experts, rank, in)` and `(num_experts, out, rank)`.
+        num_experts: for the stacked experts of a mixture, else None.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    key_a: str
+    key_b: str
+    key_m: str | None
+    file: Path
+    transposed: bool
+    in_features: int
+    out_features: int
+    num_experts: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter changes.
+
+    Attributes:
+        format: `mlx-lm` or `peft`.
+        fine_tune_type: `lora` or `dora`.
+        base_model: what the adapter names as its base: a path, a hub id, or None.
+        modules: by module name.
+    """
+
+    format: str
+    fine_tune_type: str
+    base_model: str | None
+    modules: Mapping[str, AdapterModule]
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of any module."""
+        return max(module.rank for module in self.modules.values())
+
+    @property
+    def description(self) -> str:
+        """`a rank-8 LoRA adapter of 14 modules`."""
+        kind = {"lora": "LoRA", "dora": "DoRA"}[self.fine_tune_type]
+        return f"a rank-{self.rank} {kind} adapter of {count(len(self.modules), 'module')}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recognised checkpoint. Only headers were read.
+
+    Attributes:
+        path: absolute path of the folder or file.
+        kind, framework: what it is; `framework` is a `ModelFramework` value: `mlx`,
+            `transformers`, `pytorch`, `onnx` or `coreml`. A language model that was saved by MLX
+            is `mlx`, any other `transformers`; mlx-lm loads both.
+        format: `mlx`, `transformers`, `mlx-lm adapter`, `peft adapter`, `pt2`, `onnx`,
+            `mlpackage`, `mlmodel` or `mlxfn`.
+        architecture: `model_type` of the configuration, or None.
+        quantization: `bits`, `group_size` and `mode` (None where unknown), or None.
+        num_parameters: as the model counts them, so unpacked; None when no header tells.
+        weight_bytes: bytes of all tensors, or of the weight files without a header to read.
+        dtypes: of the stored tensors, sorted.
+        tensors: by name; empty without a header to read.
+        weight_files: names relative to `path`, sorted; for a single file its own name.
+        has_tokenizer: a tokenizer lies beside the weights.
+        config: content of `config.json` or `adapter_config.json`, else empty.
+        adapter: what an adapter changes, else None.
+        description: one phrase for people.
+    """
+
+    path: Path
+    kind: CheckpointKind
+    format: str
+    framework: str
+    description: str
+    weight_files: tuple[str, ...]
+    weight_bytes: int
+    architecture: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    num_parameters: int | None = None
+    dtypes: tuple[str, ...] = ()
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    has_tokenizer: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    adapter: AdapterInfo | None = None
+
+
+def count(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def size_of_model(num_parameters: int) -> str:
+    """`29.4M` for 29,400,000 parameters."""
+    for factor, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if num_parameters >= factor:
+            return f"{num_parameters / factor:.1f}{letter}"
+    return str(num_parameters)

@@ -1,0 +1,175 @@
+"""A language model folder: `config.json`, `model*.safetensors`, a tokenizer beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlops.checkpoints import architectures
+from mlops.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointKind,
+    TensorInfo,
+    count,
+    size_of_model,
+)
+from mlops.checkpoints.consistency import check_consistency
+from mlops.checkpoints.files import CheckpointFile, read_json
+from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.tensors import WeightShapes, read_tensors
+
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"^(model.*)-(\d{5,})-of-(\d{5,})\.safetensors$")
+_MODEL_TYPE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
+
+
+def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) -> Checkpoint:
+    """Recognise a folder that holds `*.safetensors`.
+
+    Args:
+        files: of the folder, by relative path.
+
+    Raises:
+        PackagingError: it is incomplete, contradicts itself or is no model that mlx-lm can load.
+    """
+    config = _read_config(path, files)
+    weight_files = _weight_files(path, files)
+    tensors, metadata = read_tensors(path, weight_files)
+    if not tensors:
+        raise refusal(f"the weight files in {path} hold no tensors", path)
+    if INDEX in files:
+        _check_index(path, read_json(files[INDEX]), tensors)
+    if not architectures.is_supported(config):
+        raise refusal(
+            f"the architecture {config['model_type']!r} of {path} is unknown to the installed "
+            "mlx-lm; a newer mlx-lm may know it",
+            path,
+            architecture=config["model_type"],
+        )
+    check_consistency(path, config, tensors)
+
+    quantization = _quantization(config)
+    is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
+    num_parameters = WeightShapes(tensors, config).num_parameters()
+    has_tokenizer = any(name in files for name in _TOKENIZERS) or any(
+        name.endswith(".tiktoken") for name in files
+    )
+    return Checkpoint(
+        path=path,
+        kind=CheckpointKind.LANGUAGE_MODEL,
+        format="mlx" if is_mlx else "transformers",
+        framework="mlx" if is_mlx else "transformers",
+        description=_describe(config, quantization, num_parameters, weight_files, has_tokenizer),
+        weight_files=tuple(file.relative_path for file in weight_files),
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        architecture=config["model_type"],
+        quantization=quantization,
+        num_parameters=num_parameters,
+        dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
+        tensors=tensors,
+        has_tokenizer=has_tokenizer,
+        config=config,
+    )
+
+
+def _read_config(path: Path, files: Mapping[str, CheckpointFile]) -> dict[str, Any]:
+    if "config.json" not in files:
+        raise refusal(
+            f"{path} has weights but no config.json; add the one of the model they belong to", path
+        )
+    config = read_json(files["config.json"])
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not _MODEL_TYPE.match(model_type):
+        raise refusal(
+            f"config.json in {path} does not say the architecture: its model_type is "
+            f"{str(model_type)[:80]!r}",
+            path,
+            file="config.json",
+        )
+    return config
+
+
+def _weight_files(path: Path, files: Mapping[str, CheckpointFile]) -> list[CheckpointFile]:
+    """The files that mlx-lm loads: `model*.safetensors` beside `config.json`."""
+    safetensors = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+    names = [name for name in safetensors if name.startswith("model")]
+    if not names:
+        raise refusal(
+            f"{path} has {examples(safetensors)}, but weights are read from model*.safetensors; "
+            "rename the file",
+            path,
+            files=safetensors,
+        )
+    for name in names:
+        if shard := _SHARD.match(name):
+            for number in range(1, min(int(shard[3]), 10_000) + 1):
+                wanted = f"{shard[1]}-{number:0{len(shard[2])}}-of-{shard[3]}.safetensors"
+                if wanted not in files:
+                    raise _missing_shard(path, wanted)
+    return [files[name] for name in names]
+
+
+def _missing_shard(path: Path, name: str) -> Exception:
+    return refusal(
+        f"the weight file {examples([name])} is missing from {path}; copy or download it again",
+        path,
+        file=name,
+    )
+
+
+def _check_index(path: Path, index: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """The index and the files name the same tensors in the same places."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise refusal(f"{INDEX} in {path} has no weight_map", path, file=INDEX)
+    present = {tensor.file for tensor in tensors.values()}
+    for file in sorted(set(weight_map.values()) - present):
+        raise _missing_shard(path, file[:200])
+    placed = {name: tensor.file for name, tensor in tensors.items()}
+    wrong = sorted(name for name, file in weight_map.items() if placed.get(name) != file)
+    if wrong:
+        raise refusal(
+            f"tensors that {INDEX} names are not in their files: {examples(wrong)}; copy or "
+            "download the weights again",
+            path,
+            tensors=wrong[:10],
+        )
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    for key in ("quantization", "quantization_config"):
+        settings = config.get(key)
+        if isinstance(settings, dict):
+            method = settings.get("mode", settings.get("quant_method", "affine"))
+            return {
+                "bits": settings.get("bits"),
+                "group_size": settings.get("group_size"),
+                "mode": method,
+            }
+    return None
+
+
+def _describe(
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
+    num_parameters: int,
+    weight_files: list[CheckpointFile],
+    has_tokenizer: bool,
+) -> str:
+    prefix = ""
+    if quantization is not None:
+        bits = quantization["bits"]
+        prefix = f"{bits}-bit quantized " if isinstance(bits, int) else "quantized "
+    article = "an" if (prefix or config["model_type"])[0] in "aeiou8" else "a"
+    parts = [
+        f"{article} {prefix}{config['model_type']} language model",
+        f"{size_of_model(num_parameters)} parameters",
+        count(len(weight_files), "weight file"),
+        "tokenizer included" if has_tokenizer else "no tokenizer",
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,124 @@
+"""The tensors of all weight files of a checkpoint, and what their shapes mean when quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlops.checkpoints.checkpoint import TensorInfo
+from mlops.checkpoints.files import CheckpointFile
+from mlops.checkpoints.refusal import refusal
+from mlops.checkpoints.safetensors import read_header
+
+MLX_BITS = (2, 3, 4, 5, 6, 8)
+MLX_GROUP_SIZES = (16, 32, 64, 128)
+_QUANTIZATION_PARTS = (".scales", ".biases", ".qzeros", ".g_idx", ".weight_scale_inv")
+
+
+def read_tensors(
+    folder: Path, files: Iterable[CheckpointFile]
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of all files by name, and the files' metadata merged.
+
+    Raises:
+        PackagingError: a file is damaged, or two files hold a tensor of the same name.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        header = read_header(file.path, file.relative_path)
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise refusal(
+                    f"the tensor {name} is in {tensors[name].file} and in {file.relative_path}; "
+                    "remove the file that does not belong to the model",
+                    folder,
+                    tensor=name,
+                    files=[tensors[name].file, file.relative_path],
+                )
+            tensors[name] = tensor
+        metadata |= header.metadata
+    return tensors, metadata
+
+
+class WeightShapes:
+    """Shapes of weights as the model sees them, whether they are stored quantized or not.
+
+    MLX packs a quantized weight `(out, in)` into `(out, in * bits / 32)` 32-bit words, with
+    `scales` of shape `(out, in / group_size)`.
+
+    Args:
+        tensors: of the whole checkpoint.
+        config: content of `config.json`; how weights are quantized stands in its `quantization`
+            (by module name where they differ) or its `quantization_config`.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        settings = (config.get(key) for key in ("quantization", "quantization_config"))
+        self.quantization: Mapping[str, Any] = next(
+            (value for value in settings if isinstance(value, dict)), {}
+        )
+
+    def is_packed(self, module: str) -> bool:
+        """True when the module's weight is quantized as MLX does it."""
+        weight = self.tensors.get(f"{module}.weight")
+        scales = self.tensors.get(f"{module}.scales")
+        return (
+            weight is not None
+            and scales is not None
+            and weight.dtype == "U32"
+            and len(weight.shape) == len(scales.shape) >= 2
+            and weight.shape[:-1] == scales.shape[:-1]
+        )
+
+    def possible_columns(self, module: str) -> list[int]:
+        """Lengths that the last axis of the weight may have, the likeliest first.
+
+        There are several when only the model can tell: mlx-lm, too, takes the width of a quantized
+        weight from the model where the configuration does not name the module. Empty when nothing
+        is known.
+        """
+        weight = self.tensors.get(f"{module}.weight")
+        if weight is None or len(weight.shape) < 2:
+            return []
+        if not self.is_packed(module):
+            is_opaque = weight.dtype.startswith(("U", "I", "F4", "F6"))
+            return [] if is_opaque else [weight.shape[-1]]
+        words, groups = weight.shape[-1], self.tensors[f"{module}.scales"].shape[-1]
+        own = self.quantization.get(module)
+        settings = own if isinstance(own, dict) else self.quantization
+        declared = [settings.get("bits"), settings.get("group_size")]
+        fitting = [
+            ([bits, size], groups * size)
+            for bits in MLX_BITS
+            for size in MLX_GROUP_SIZES
+            if groups * size * bits == words * 32
+        ]
+        as_declared = [columns for pair, columns in fitting if pair == declared]
+        if as_declared and isinstance(own, dict):
+            return as_declared
+        return as_declared + [columns for _, columns in fitting]
+
+    def leading(self, module: str) -> tuple[int, ...]:
+        """All axes of the weight but the last: `(out,)`, or `(experts, out)`; () when unknown."""
+        weight = self.tensors.get(f"{module}.weight")
+        known = weight is not None and bool(self.possible_columns(module))
+        return weight.shape[:-1] if weight is not None and known else ()
+
+    def num_parameters(self) -> int:
+        """Weights as the model counts them: unpacked, without scales and zero points."""
+        total = 0
+        for name, tensor in self.tensors.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and self.is_packed(module):
+                columns = self.possible_columns(module)
+                total += prod(tensor.shape[:-1]) * (columns[0] if columns else 0)
+            elif leaf == "qweight":
+                bits = self.quantization.get("bits")
+                total += tensor.size * 32 // (bits if bits in MLX_BITS else 4)
+            elif not name.endswith(_QUANTIZATION_PARTS):
+                total += tensor.size
+        return total

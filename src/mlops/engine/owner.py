@@ -1,0 +1,138 @@
+"""The one thread that does all MLX work: load, generate, destroy.
+
+MLX's streams belong to threads, and arrays that two threads use at once crash the process. So every
+function that touches MLX runs here, one after the other, in the order in which it was handed over.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+
+from mlops.errors import EngineShutdownError
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+EXIT_TIMEOUT_S = 10.0
+"""How long the interpreter's exit waits for the work that is under way."""
+
+
+class _Owner:
+    """A daemon thread that works through a queue of calls."""
+
+    def __init__(self) -> None:
+        self.process_id = os.getpid()
+        self.is_stopping = False
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="mlx-owner", daemon=True)
+        self.thread.start()
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = call()
+            except BaseException as exc:
+                _clear_frames(exc)
+                future.set_exception(exc)
+            else:
+                future.set_result(result)
+
+        if self.is_stopping:
+            raise EngineShutdownError("the interpreter is exiting; nothing more is computed")
+        self._calls.put(run)
+        return future
+
+    def stop(self) -> None:
+        """Let the call under way end at its next step, drop the others and end the thread."""
+        self.is_stopping = True
+        self._calls.put(None)
+        self.thread.join(EXIT_TIMEOUT_S)
+        if not self.thread.is_alive():
+            # Before Python 3.13 `join` does not wait for the destructors of MLX's thread-local
+            # compile cache. They take the GIL, which aborts the process once Python finalizes.
+            deadline = time.monotonic() + EXIT_TIMEOUT_S
+            while _exists_in_system(self.thread) and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+    def _work(self) -> None:
+        while (run := self._calls.get()) is not None and not self.is_stopping:
+            run()
+            del run  # or the last call's arguments would live until the next call
+
+
+_current: _Owner | None = None
+_lock = threading.Lock()
+
+
+def run_in_owner(
+    function: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+) -> Result:
+    """Call `function` in the owner thread and return what it returns, or raise what it raises.
+
+    Called from the owner thread itself, it is a plain call.
+    """
+    if in_owner():
+        return function(*args, **kwargs)
+    return submit_to_owner(function, *args, **kwargs).result()
+
+
+def submit_to_owner(
+    function: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+) -> Future[Result]:
+    """Queue a call of `function` in the owner thread; calls run in the order of submission.
+
+    Raises:
+        EngineShutdownError: the interpreter is exiting.
+    """
+    owner = _find_owner()
+    return cast("Future[Result]", owner.submit(lambda: function(*args, **kwargs)))
+
+
+def in_owner() -> bool:
+    """True in the owner thread."""
+    return _current is not None and threading.current_thread() is _current.thread
+
+
+def is_stopping() -> bool:
+    """True when the interpreter exits: long work is to end at its next step."""
+    return _current is not None and _current.is_stopping
+
+
+def _find_owner() -> _Owner:
+    global _current  # noqa: PLW0603 - one owner a process is the point
+    with _lock:
+        # A forked child has its parent's variables but not its threads.
+        if _current is None or _current.process_id != os.getpid():
+            _current = _Owner()
+            atexit.register(_current.stop)
+        return _current
+
+
+def _exists_in_system(thread: threading.Thread) -> bool:
+    """Whether the operating system still has an ended thread; False where it does not tell."""
+    return Path(f"/proc/self/task/{thread.native_id}").exists()
+
+
+def _clear_frames(exc: BaseException) -> None:
+    """Drop the local variables that an exception's traceback holds: arrays must die here."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [exc]
+    while pending:
+        current = pending.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            traceback.clear_frames(current.__traceback__)
+            pending += [current.__cause__, current.__context__]

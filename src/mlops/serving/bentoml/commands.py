@@ -1,0 +1,120 @@
+"""`bentoml serve` with `--workers`, and `bentoml logs`; loaded by BentoML's command line.
+
+`serve` is BentoML's own command. Around it: `--workers`, 127.0.0.1 as the address where nothing
+else is asked for, and an end with a clear message when a model cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from bentoml_cli.serve import serve_command
+from bentoml_cli.utils import BentoMLCommandGroup
+
+from mlops.errors import MLOpsError
+
+LOCAL_HOST = "127.0.0.1"
+_OVERRIDES = "BENTOML_CONFIG_OVERRIDES"
+
+
+def _with_workers(original: click.Command) -> click.Command:
+    """A copy of BentoML's `serve`; BentoML adds its common options and wrappers to it again."""
+    command = copy.copy(original)
+    command.params = [
+        *original.params[: -BentoMLCommandGroup.NUMBER_OF_COMMON_PARAMS],
+        click.Option(
+            ["--workers"],
+            type=click.IntRange(1, 256),
+            envvar="MLOPS_WORKERS",
+            show_envvar=True,
+            help="Number of worker processes; each loads its own copy of the model.",
+        ),
+    ]
+    bare: Any = original.callback
+    for _ in ("click errors", "usage tracking"):
+        bare = bare.__wrapped__
+    command.callback = _around(bare)
+    return command
+
+
+def _around(run: Callable[..., None]) -> Callable[..., None]:
+    def serve(workers: int | None, **options: Any) -> None:
+        from mlops.serving.bentoml.supervision import supervised
+
+        try:
+            service = _load(options["bento"], options["working_dir"])
+            if workers is not None:
+                _override(service.name, {"workers": workers})
+            options["host"] = options["host"] or _default_host(service)
+            with supervised():
+                run(**options)
+        except MLOpsError as exc:
+            raise click.ClickException(str(exc)) from exc
+
+    return serve
+
+
+def _load(bento: str, working_dir: str | None) -> Any:
+    """The service, imported here first so that a mistake in it is told at once."""
+    from bentoml._internal.log import configure_server_logging
+    from bentoml._internal.service.loader import load
+
+    configure_server_logging()
+    if working_dir is None:
+        folder = Path(bento).expanduser()
+        working_dir = str(folder) if folder.is_dir() else "."
+    return load(bento, working_dir=working_dir)
+
+
+def _override(service_name: str, settings: dict[str, Any]) -> None:
+    """Settings that win over the service's own, here and in the workers."""
+    overrides = json.loads(os.environ.get(_OVERRIDES) or "{}")
+    services = overrides.setdefault("services", {})
+    services[service_name] = {**services.get(service_name, {}), **settings}
+    os.environ[_OVERRIDES] = json.dumps(overrides)
+
+
+def _default_host(service: Any) -> str | None:
+    """The address to listen on where none was given; None leaves it to BentoML's configuration."""
+    from bentoml.serving import running_inside_container
+
+    if running_inside_container():
+        return "0.0.0.0"  # noqa: S104 - the container's border is the container's network
+    configured = "http" in getattr(service, "config", {}) or "BENTOML_CONFIG" in os.environ
+    return None if configured else LOCAL_HOST
+
+
+serve = _with_workers(serve_command.commands["serve"])
+
+
+@click.command()
+@click.argument("service", metavar="NAME[:VERSION]")
+@click.option("-n", "--lines", type=click.IntRange(min=0), help="Only so many of the last lines.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines until interrupted.")
+def logs(service: str, lines: int | None, follow: bool) -> None:
+    """Print the log of a service that was served on this machine.
+
+    \b
+    e.g.:
+        bentoml logs my_service
+        bentoml logs my_service:1.0.0 -n 50
+        bentoml logs my_service --follow
+    """
+    from mlops.serving.bentoml import logs as service_logs
+
+    try:
+        news = service_logs.follow(service) if follow else iter(())
+        for line in service_logs.read(service, lines):
+            click.echo(line)
+        for line in news:
+            click.echo(line)
+    except MLOpsError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except KeyboardInterrupt:
+        pass

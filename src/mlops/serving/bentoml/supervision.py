@@ -1,0 +1,102 @@
+"""How a worker that cannot load its model ends the whole `bentoml serve`.
+
+BentoML starts a dead worker again and again, and never gives up. So the command gives its workers a
+private folder; one that fails leaves its reason there and asks the command's process to stop, which
+then prints the reason and exits with a failure. Outside of the command nothing happens here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlops.errors import MLOpsError, ServiceError
+from mlops.serving.bentoml import logs
+
+if TYPE_CHECKING:
+    from bentoml import Service
+
+FOLDER_VARIABLE = "MLOPS_SUPERVISOR_FOLDER"
+PROCESS_VARIABLE = "MLOPS_SUPERVISOR_PID"
+MAX_DEATHS = 3
+"""Workers that may die while they load before the service is given up."""
+
+_REASON = "reason"
+
+
+@contextlib.contextmanager
+def supervised() -> Iterator[None]:
+    """Run servers in this block; raises when a worker has reported that it cannot load.
+
+    Raises:
+        ServiceError: with the worker's reason.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlops-serve-") as folder:
+        variables = {FOLDER_VARIABLE: folder, PROCESS_VARIABLE: str(os.getpid())}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for variable in variables:
+                os.environ.pop(variable, None)
+        reason = Path(folder, _REASON)
+        if reason.exists():
+            raise ServiceError(reason.read_text(encoding="utf-8"), "load_model")
+
+
+def begin_loading(service: Service[Any]) -> bool:
+    """Note that this worker begins to load, and open its log.
+
+    Returns:
+        False when too many workers died at it: then there is no use in trying again.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return True
+    logs.attach(service)
+    others = [name for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208
+    dead = [name for name in others if not _is_alive(int(name))]
+    if len(dead) >= MAX_DEATHS:
+        report_failure(
+            ServiceError(
+                f"{len(dead)} workers died while loading the model, most likely for want of "
+                "memory: use fewer workers or a smaller model",
+                "load_model",
+            )
+        )
+        return False
+    Path(folder, str(os.getpid())).touch()
+    return True
+
+
+def end_loading() -> None:
+    """Note that this worker has loaded its model."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        Path(folder, str(os.getpid())).unlink(missing_ok=True)
+
+
+def report_failure(exc: Exception) -> None:
+    """Leave the reason and ask the command's process to stop. The first reason counts."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return
+    message = str(exc) if isinstance(exc, MLOpsError) else f"{type(exc).__name__}: {exc}"
+    with contextlib.suppress(FileExistsError), Path(folder, _REASON).open("x") as file:
+        file.write(message)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(os.environ[PROCESS_VARIABLE]), signal.SIGTERM)
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,72 @@
+"""Errors as a client sees them: the one table from error class to HTTP status, and the JSON body.
+
+Every failure leaves the service as `{"error": {"type": …, "message": …}}`; `field` names the wrong
+field of a request. A status of 500 says nothing of the inside: the log has the details.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from mlops import errors
+
+logger = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.MLOpsError], int] = {
+    errors.MLOpsError: 500,
+    errors.ConfigError: 500,
+    errors.BentoMLError: 500,
+    errors.PackagingError: 500,
+    errors.IntegrityError: 500,
+    errors.ServiceError: 503,
+    errors.DeploymentError: 500,
+    errors.EngineError: 500,
+    errors.InvalidRequestError: 422,
+    errors.AdapterNotFoundError: 404,
+    errors.QueueFullError: 429,
+    errors.EngineShutdownError: 503,
+    errors.DeadlineExceededError: 504,
+    errors.TrackingError: 500,
+    errors.MissingDependencyError: 500,
+}
+
+
+def status_of(exc: BaseException) -> int:
+    """The status of the nearest class in the table; 500 for what the toolkit did not raise."""
+    if isinstance(exc, HTTPException):
+        return exc.status_code
+    return next((STATUS[kind] for kind in type(exc).__mro__ if kind in STATUS), 500)
+
+
+def describe(exc: BaseException) -> dict[str, Any]:
+    """The body of the answer to a request that failed with `exc`."""
+    status = status_of(exc)
+    if isinstance(exc, HTTPException):
+        name = HTTPStatus(status).phrase.title().replace(" ", "")
+        return {"error": {"type": name, "message": exc.detail}}
+    if status == 500:
+        message = "The service could not answer; its log says why."
+        return {"error": {"type": "InternalServerError", "message": message}}
+    error: dict[str, Any] = {"type": type(exc).__name__, "message": str(exc)}
+    if isinstance(exc, errors.InvalidRequestError) and exc.field:
+        error["field"] = exc.field
+    if isinstance(exc, errors.QueueFullError):
+        error["retry_after_s"] = exc.retry_after_s
+    return {"error": error}
+
+
+def error_response(exc: BaseException) -> JSONResponse:
+    """Answer with the status and body of `exc`; what is no client's mistake goes to the log."""
+    status = status_of(exc)
+    if status == 500:
+        logger.error("a request failed", exc_info=exc)
+    headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
+    if isinstance(exc, errors.QueueFullError):
+        headers["Retry-After"] = str(max(1, math.ceil(exc.retry_after_s)))
+    return JSONResponse(describe(exc), status, headers)

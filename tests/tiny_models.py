@@ -1,0 +1,318 @@
+"""Tiny random models, adapters and tokenizers for the tests, in the formats that real ones have.
+
+They are made with mlx-lm's own model classes, so `mlx_lm.load` loads them; each takes well under a
+second and some 100 KB. The same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("<|pad|>", "<|start|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def write_language_model(
+    folder: str | Path,
+    *,
+    architecture: str = "llama",
+    hidden: int = 32,
+    layers: int = 2,
+    vocab: int | None = None,
+    quantize_bits: int | None = None,
+    shards: int = 1,
+    dtype: str = "float32",
+    seed: int = 0,
+    with_tokenizer: bool = True,
+    tie_word_embeddings: bool = False,
+    metadata_format: str = "mlx",
+) -> Path:
+    """Write a language model with random weights; returns its folder.
+
+    Args:
+        architecture: a `model_type` that mlx-lm has: llama, qwen2, qwen3, gemma2, gemma3_text,
+            mixtral, phi3, gpt2.
+        hidden: hidden size, a multiple of 32.
+        vocab: rows of the embedding; by default as many as the tokenizer has tokens.
+        quantize_bits: quantize with groups of 32.
+        shards: number of weight files.
+        metadata_format: what the files say they were saved by: `mlx` or `pt`.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+    from mlx_lm.utils import _get_classes, quantize_model, save_config
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(architecture, hidden, layers, vocab or vocabulary_size(), tie_word_embeddings)
+
+    mx.random.seed(seed)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    model.update(tree_map(lambda array: array.astype(getattr(mx, dtype)), model.parameters()))
+    if quantize_bits is not None:
+        model, config = quantize_model(model, config, group_size=32, bits=quantize_bits)
+
+    weights = dict(sorted(tree_flatten(model.parameters())))
+    mx.eval(weights)
+    names = list(weights)
+    per_shard = math.ceil(len(names) / shards)
+    weight_map = {}
+    for number in range(shards):
+        part = names[number * per_shard : (number + 1) * per_shard]
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        if shards == 1:
+            file = "model.safetensors"
+        mx.save_safetensors(
+            str(folder / file),
+            {name: weights[name] for name in part},
+            metadata={"format": metadata_format},
+        )
+        weight_map.update(dict.fromkeys(part, file))
+    total_size = sum(array.nbytes for array in weights.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_size}, "weight_map": weight_map},
+    )
+    save_config(config, folder / "config.json")
+    if with_tokenizer:
+        write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: str | Path) -> Path:
+    """Write a byte-level BPE tokenizer (one token per byte) with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<|pad|>",
+            "eos_token": "<|end|>",
+            "model_max_length": 1024,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    return folder
+
+
+def vocabulary_size() -> int:
+    """Tokens of the tokenizer that `write_tokenizer` writes."""
+    return 256 + len(SPECIAL_TOKENS)
+
+
+def write_lora_adapter(
+    folder: str | Path,
+    base: str | Path,
+    *,
+    rank: int = 4,
+    scale: float = 2.0,
+    keys: Sequence[str] | None = None,
+    num_layers: int = -1,
+    dora: bool = False,
+    seed: int = 1,
+    base_reference: str | None = None,
+    zero: bool = False,
+) -> Path:
+    """Write an adapter for the model in `base` as mlx-lm's trainer does; returns its folder.
+
+    Args:
+        keys: modules within a layer (`self_attn.q_proj`), or of the model (`lm_head`,
+            `model.embed_tokens`); every linear of the layers when None.
+        num_layers: how many of the last layers; 0 or less is all.
+        base_reference: what the adapter says its base is; by default the path of `base`.
+        zero: leave B at zero, as before training: such an adapter changes nothing.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, _ = load_model(Path(base), lazy=True)
+    model.freeze()
+    mx.random.seed(seed)
+    parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": 0.0}
+    if keys is not None:
+        parameters["keys"] = list(keys)
+    linear_to_lora_layers(model, num_layers, parameters, use_dora=dora)
+    weights = dict(sorted(tree_flatten(model.trainable_parameters())))
+    for name, array in weights.items():
+        if name.endswith(".lora_b") and not zero:
+            weights[name] = mx.random.normal(array.shape) * 0.2
+        elif name.endswith(".m") and not zero:
+            weights[name] = array * mx.random.uniform(0.8, 1.2, array.shape)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    _write_json(
+        folder / "adapter_config.json",
+        {
+            "fine_tune_type": "dora" if dora else "lora",
+            "num_layers": num_layers,
+            "lora_parameters": parameters,
+            "model": base_reference or str(base),
+        },
+    )
+    return folder
+
+
+def write_peft_adapter(
+    folder: str | Path,
+    base: str | Path,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    use_rslora: bool = False,
+    dora: bool = False,
+    alpha_pattern: dict[str, float] | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    seed: int = 2,
+    base_reference: str | None = None,
+) -> Path:
+    """Write an adapter for the model in `base` as Hugging Face PEFT does; returns its folder.
+
+    Args:
+        target_modules: last parts of the names of the linear layers to adapt.
+        rank_pattern, alpha_pattern: other ranks and alphas, by module name.
+    """
+    import mlx.core as mx
+    from mlx import nn
+    from mlx_lm.utils import load_model
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, _ = load_model(Path(base), lazy=True)
+    mx.random.seed(seed)
+    weights = {}
+    for name, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        if name.rpartition(".")[2] not in target_modules:
+            continue
+        if not isinstance(module, nn.Linear | nn.QuantizedLinear):
+            continue
+        weight = module.weight
+        if isinstance(module, nn.QuantizedLinear):
+            weight = mx.dequantize(
+                weight, module.scales, module.biases, module.group_size, module.bits
+            )
+        num_out, num_in = weight.shape
+        own_rank = next((r for key, r in (rank_pattern or {}).items() if name.endswith(key)), rank)
+        prefix = f"base_model.model.{name}"
+        weights[f"{prefix}.lora_A.weight"] = mx.random.normal((own_rank, num_in)) * num_in**-0.5
+        weights[f"{prefix}.lora_B.weight"] = mx.random.normal((num_out, own_rank)) * 0.2
+        if dora:
+            norm = mx.linalg.norm(weight.astype(mx.float32), axis=1)
+            weights[f"{prefix}.lora_magnitude_vector"] = norm * mx.random.uniform(
+                0.8, 1.2, norm.shape
+            )
+    mx.save_safetensors(
+        str(folder / "adapter_model.safetensors"), weights, metadata={"format": "pt"}
+    )
+    _write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_reference or str(base),
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "target_modules": list(target_modules),
+            "use_rslora": use_rslora,
+            "use_dora": dora,
+            "rank_pattern": rank_pattern or {},
+            "alpha_pattern": alpha_pattern or {},
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "layer_replication": None,
+            "inference_mode": True,
+        },
+    )
+    return folder
+
+
+def write_safetensors(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    fill: int = 1,
+    dtype: str = "F32",
+) -> Path:
+    """Write a safetensors file by hand (no MLX): every byte of its 4-byte elements is `fill`."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    path = Path(path)
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes([fill]) * end)
+    return path
+
+
+def _config(
+    architecture: str, hidden: int, layers: int, vocab: int, tie_word_embeddings: bool
+) -> dict[str, Any]:
+    if architecture == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "n_ctx": 1024,
+            "n_embd": hidden,
+            "n_head": 2,
+            "n_layer": layers,
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "vocab_size": vocab,
+            "bos_token_id": None,
+            "eos_token_id": min(vocabulary_size(), vocab) - 1,
+        }
+    config: dict[str, Any] = {
+        "model_type": architecture,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2 if architecture == "phi3" else 1,
+        "head_dim": hidden // 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocab,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": tie_word_embeddings,
+        "pad_token_id": min(256, vocab - 1),
+        "bos_token_id": None,
+        "eos_token_id": min(vocabulary_size(), vocab) - 1,
+    }
+    if architecture == "mixtral":
+        config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if architecture.startswith("gemma3"):
+        config |= {"query_pre_attn_scalar": hidden // 2, "sliding_window_pattern": 2}
+    return config
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
