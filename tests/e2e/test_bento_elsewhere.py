@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from servers import serving
-from tiny_models import write_language_model, write_lora_adapter
 
 from mlops.registry import ModelStore
 from mlops.serving.bentoml.packager import package_model
+from servers import serving
+from tiny_models import write_language_model, write_lora_adapter
 
 
 @pytest.fixture(scope="module")

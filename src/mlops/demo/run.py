@@ -133,8 +133,8 @@ def _ask(url: str, status: Any) -> Table:
 def _say_how_to_go_on(console: Console, folder: Path, tracking_uri: str, bento_tag: str) -> None:
     home = _short(folder / "bentoml")
     console.print(
-        "One base model in memory answered as itself and through two adapters, each a few hundred\n"
-        "kilobytes. Every file was checked against its SHA-256 before it was served.\n"
+        "One base model in memory answered as itself and through two small adapters. Every byte "
+        "of them was checked against its SHA-256 before it was served.\n"
     )
     console.print("Go on with:")
     for command in (

@@ -392,3 +392,12 @@ def test_reference_with_a_digest_is_that_content_and_no_other(
     assert resolve(f"demo@{result['model_digest']}").tag == result["model_tag"]
     with pytest.raises(IntegrityError, match="nothing of it is served"):
         resolve("demo@sha256:" + "0" * 64)
+
+
+def test_store_in_a_hidden_folder(
+    base: Path, bentoml_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / ".hidden" / "bentoml"))
+    (tmp_path / ".hidden").mkdir()
+    result = package_model(base, "demo")
+    assert str(tmp_path / ".hidden") in bentoml.bentos.get(result["bento_tag"]).path

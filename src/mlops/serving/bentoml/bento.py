@@ -278,7 +278,6 @@ def _create(
         models=models,
         python={
             "packages": requirements,
-            "wheels": [wheel.name],
             "lock_packages": False,  # locking asks the network; these are pinned already
         },
         docker={
@@ -288,14 +287,16 @@ def _create(
         },
     )
     try:
-        with _private_import(context):
+        with _private_import():
             # "no_image" selects the layout whose env/python/wheels holds our wheel.
             bento = Bento.create(
                 config, version=version, build_ctx=str(context), enabled_features=["no_image"]
             )
             built = context.parent / "bento"
             Path(bento.path).rename(built)
-    except BentoMLException as exc:
+            # BentoML takes no wheel from below a hidden folder, and a store may lie there.
+            wheel.rename(built / "env" / "python" / "wheels" / wheel.name)
+    except (BentoMLException, ValueError) as exc:
         raise PackagingError(
             f"BentoML could not build {name}:{version}: {exc}",
             _OPERATION,
@@ -305,18 +306,16 @@ def _create(
 
 
 @contextlib.contextmanager
-def _private_import(context: Path) -> Iterator[None]:
-    """Let BentoML import `service.py` of the folder `context`, with no trace in this process.
+def _private_import() -> Iterator[None]:
+    """Let BentoML import our `service.py` and leave no trace of that in this process.
 
-    BentoML takes files from the working directory only. It changes that and the import path, and
-    does not change them back when the import fails. A module of the user's that is called `service`
-    too is kept aside.
+    BentoML changes the working directory and the import path, and does not change them back when
+    the import fails. A module of the user's that is called `service` too is kept aside.
     """
     with _IMPORT_LOCK:
         folder, path = Path.cwd(), list(sys.path)
         others = sys.modules.pop("service", None)
         try:
-            os.chdir(context)
             yield
         finally:
             os.chdir(folder)
