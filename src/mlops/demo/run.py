@@ -110,7 +110,7 @@ def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dic
             if trained.exists():
                 progress.update(task, completed=recipe.iterations, state="trained before")
             else:
-                train_adapter(base, lesson, recipe, trained, client, report)
+                train_adapter(base, lesson, recipe, trained, client=client, report=report)
             adapters[lesson.name] = trained
     return adapters
 
@@ -142,7 +142,7 @@ def _say_how_to_go_on(console: Console, folder: Path, tracking_uri: str, bento_t
         "mlops models list",
         f"mlops serve {bento_tag}",
         'mlops predict "What is a list?" --adapter json',
-        f"mlflow ui --backend-store-uri {tracking_uri}",
+        f"mlflow ui --backend-store-uri {tracking_uri}   # pip install 'mlx-mlops[mlflow]'",
     ):
         console.print(f"  {command}", soft_wrap=True)
 

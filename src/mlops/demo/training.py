@@ -40,6 +40,7 @@ def train_adapter(
     lesson: Lesson,
     recipe: Recipe,
     folder: Path,
+    *,
     client: TrackingClient,
     report: Report,
 ) -> None:

