@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,24 +38,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def session(
-    models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[DocumentSession]:
-    document: Path = request.param
-    folder = tmp_path_factory.mktemp(document.stem) / "work"
-    shutil.copytree(models, folder)
-    session = DocumentSession(folder, tmp_path_factory.mktemp("home"))
-    yield session
-    session.close()
+def session_of(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Path], DocumentSession]]:
+    """The session of a document; that of the document before is closed."""
+    current: dict[Path, DocumentSession] = {}
+
+    def session_of(document: Path) -> DocumentSession:
+        if document not in current:
+            close()
+            folder = tmp_path_factory.mktemp(document.stem) / "work"
+            shutil.copytree(models, folder)
+            current[document] = DocumentSession(folder, tmp_path_factory.mktemp("home"))
+        return current[document]
+
+    def close() -> None:
+        while current:
+            current.popitem()[1].close()
+
+    yield session_of
+    close()
 
 
-@pytest.mark.parametrize(
-    ("session", "block"),
-    [(block.document, block) for block in BLOCKS],
-    ids=[block.name for block in BLOCKS],
-    indirect=["session"],
-)
-def test_block(session: DocumentSession, block: Block) -> None:
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_block(block: Block, session_of: Callable[[Path], DocumentSession]) -> None:
+    session = session_of(block.document)
     # One block may be asked for alone: what comes before it is run first.
     for earlier in find_blocks(block.document):
         if session.last_line < earlier.line < block.line:

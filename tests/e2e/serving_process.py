@@ -31,9 +31,14 @@ class ServingProcess:
     """A server under test; leaving the context ends it and everything it started."""
 
     def __init__(
-        self, command: Sequence[str], folder: Path, home: Path, **environment: str
+        self,
+        command: Sequence[str],
+        folder: Path,
+        home: Path,
+        port: int | None = None,
+        **environment: str,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = folder / f"output-{self.port}"
         self.errors = folder / f"errors-{self.port}"
@@ -103,6 +108,15 @@ class ServingProcess:
             assert self.process.poll() is None, self.told()
             assert time.monotonic() < give_up, self.told()
             time.sleep(0.05)
+
+    def wait(self) -> int:
+        """Wait until the server has ended by itself; returns its exit status."""
+        give_up = time.monotonic() + LONG_S
+        while self.process.poll() is None:
+            assert time.monotonic() < give_up, self.told()
+            self.workers()
+            time.sleep(0.05)
+        return self.process.returncode
 
     def stop(self, with_signal: int = signal.SIGTERM) -> int:
         """Ask the server to end; returns its exit status."""

@@ -206,7 +206,7 @@ def _clone(reader: BinaryIO, writer: BinaryIO) -> bool:
         except OSError:
             return False
         return True
-    if sys.platform == "darwin":
+    elif sys.platform == "darwin":  # noqa: RET505 - mypy follows this form
         import ctypes
 
         # clonefile(2) wants a name that is free: clone beside, then take the place of `writer`.
@@ -217,4 +217,5 @@ def _clone(reader: BinaryIO, writer: BinaryIO) -> bool:
             return False
         clone.replace(target)
         return True
-    return False
+    else:
+        return False
