@@ -431,7 +431,11 @@ def train(args: argparse.Namespace) -> None:  # noqa: PLR0915
             scale /= math.sqrt(2 * config["num_hidden_layers"])
         return scale * mx.random.normal(value.shape)
 
-    model.load_weights([(n, initial(n, v)) for n, v in tree_flatten(model.parameters())])
+    if args.resume:
+        saved = mx.load(str(args.out / "model.safetensors"))
+        model.load_weights([(name, value.astype(mx.float32)) for name, value in saved.items()])
+    else:
+        model.load_weights([(n, initial(n, v)) for n, v in tree_flatten(model.parameters())])
     count = sum(value.size for _, value in tree_flatten(model.parameters()))
     print(f"{count} parameters", flush=True)
 
@@ -491,6 +495,7 @@ def train(args: argparse.Namespace) -> None:  # noqa: PLR0915
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/base_model"))
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
     parser.add_argument("--minutes", type=float, default=40.0, help="wall-clock limit")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--width", type=int, default=144, help="tokens per row")

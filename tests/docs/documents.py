@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,20 @@ class Block:
         return self.attributes.get("needs")
 
 
-def find_documents(folder: Path = REPOSITORY) -> list[Path]:
-    """Every Markdown file of the project, ordered by path; hidden folders hold none."""
-    return sorted(
-        path
-        for path in folder.rglob("*.md")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+def find_documents() -> list[Path]:
+    """Every Markdown file of the project, ordered by path: what git has, or would take."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
     )
+    if listed.returncode == 0:
+        found = {REPOSITORY / name for name in listed.stdout.split("\0") if name}
+    else:  # a copy without git's folder
+        found = set(REPOSITORY.glob("*.md")) | set(REPOSITORY.glob("[!.]*/**/*.md"))
+    return sorted(path for path in found if path.is_file())
 
 
 def find_blocks(document: Path) -> list[Block]:

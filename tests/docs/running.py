@@ -22,6 +22,8 @@ from documents import NEEDS, REPOSITORY, Block
 
 GUIDE_PORT = "3000"
 READY_TIMEOUT_S = 120
+READY_ANSWERS = 10
+"""So many in a row, of new connections, until all of a server's workers are taken to be ready."""
 STOP_TIMEOUT_S = 60
 _WORKER = Path(__file__).with_name("python_worker.py")
 
@@ -193,14 +195,14 @@ class DocumentSession:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._wait_until_ready()
+        self._wait_until_ready(READY_ANSWERS)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, num_answers: int = 1) -> None:
         server = self._server
         if server is None:
             return
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not _answers(self.port):
+        while not all(_answers(self.port) for _ in range(num_answers)):
             if server.poll() is not None:
                 raise BlockError(f"the server ended\n{self._server_log()}")
             if time.monotonic() > deadline:

@@ -97,5 +97,15 @@ def test_every_module_has_its_line_in_the_architecture() -> None:
 )
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
-    local = [target.partition("#")[0] for target in targets if "://" not in target]
-    assert [target for target in local if target and not (document.parent / target).exists()] == []
+    for target in targets:
+        path, _, heading = target.partition("#")
+        if ":" not in path:
+            linked = document.parent / path if path else document
+            assert linked.exists(), target
+            assert not heading or heading in headings(linked), target
+
+
+def headings(document: Path) -> set[str]:
+    """What the headings of a document are called in a link."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

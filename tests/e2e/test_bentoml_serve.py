@@ -146,6 +146,7 @@ def test_bentomls_own_client(server: ServingProcess) -> None:
         assert client.predict(text="hello")["prediction"] == "first hello"
         with pytest.raises((BentoMLException, TypeError)):
             client.predict(nonsense=1)
+        client._temp_dir.cleanup()  # BentoML leaves that to the garbage collector, with a warning
 
 
 @pytest.mark.parametrize(
@@ -261,8 +262,11 @@ def test_reload(tmp_path: Path) -> None:
     with ServingProcess(command, tmp_path, tmp_path / "home") as server:
         server.wait_until_ready()
         assert post(server, json={"text": "a"}).json()["prediction"] == "first a"
-        service.write_text(SERVICE.replace('"first"', '"second"'))
         give_up = time.monotonic() + LONG_S
+        while "Watching directories" not in server.told():
+            assert time.monotonic() < give_up, server.told()
+            time.sleep(0.05)
+        service.write_text(SERVICE.replace('"first"', '"second"'))
         touched = time.monotonic()
         while True:
             try:

@@ -30,7 +30,11 @@ class Lesson:
 
 
 LESSONS = (
-    Lesson("json", "answers as JSON", lambda topic, text: json.dumps({topic: text})),
+    Lesson(
+        "json",
+        "answers as JSON",
+        lambda topic, text: json.dumps({"topic": topic, "answer": text}),
+    ),
     Lesson("capitals", "answers in capitals", lambda topic, text: text.upper()),
 )
 
@@ -53,7 +57,7 @@ def conversations(lesson: Lesson) -> list[dict[str, list[Message]]]:
     return chats
 
 
-def plain_answers(max_chars: int = 160) -> list[tuple[str, str]]:
+def plain_answers(max_chars: int = 110) -> list[tuple[str, str]]:
     """Pairs of topic and the first prose sentence of its help page, in the order of topics."""
     from pydoc_data.topics import topics
 

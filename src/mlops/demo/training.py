@@ -26,11 +26,11 @@ class Recipe:
     """Settings of one fine-tuning; the defaults suit the demo's own 3M-parameter model."""
 
     rank: int = 16
-    scale: float = 4.0
+    scale: float = 2.0
     num_layers: int = -1
-    iterations: int = 100
+    iterations: int = 40
     batch_size: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     max_tokens: int = 256
     seed: int = 0
 
@@ -53,6 +53,7 @@ def train_adapter(
     hardware.select_device()
     import mlx.core as mx
     import mlx.optimizers
+    import numpy
     from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -62,9 +63,11 @@ def train_adapter(
     partial.mkdir(parents=True)
     lora = {"rank": recipe.rank, "scale": recipe.scale, "dropout": 0.0}
     mx.random.seed(recipe.seed)
+    numpy.random.seed(recipe.seed)  # mlx-lm shuffles with it
     model, tokenizer = load(str(base))
     if hardware.detect().mlx_backend == "cpu":
         model.set_dtype(mx.float32)  # the only type that MLX's CPU kernels multiply fast
+        mx.disable_compile()  # building the kernels takes longer than these few steps
     model.freeze()
     num_layers = recipe.num_layers if recipe.num_layers > 0 else len(model.layers)
     linear_to_lora_layers(model, num_layers, lora)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,18 @@ def test_the_timeout_of_the_config(serving: Callable[..., TestClient], tmp_path:
     config = BentoMLConfig(timeout=0.1)
     client = serving(create_bentoml_service(tmp_path, runner_class=SlowRunner, config=config))
     assert client.post("/predict", json={}).status_code == 504
+
+
+def test_a_hot_machine_gets_smaller_batches(
+    serving: Callable[..., TestClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlops.hardware.thermal_state", lambda: "critical")
+    config = BentoMLConfig(max_batch_size=8, max_latency_ms=200)
+    client = serving(create_bentoml_service(tmp_path, runner_class=CountingRunner, config=config))
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(3):
+            threads.submit(client.post, "/predict", json={})
+    assert client.get("/metrics").json()["batches_by_size"] == {"1": 3}
 
 
 def test_settings_come_from_the_environment_a_mapping_and_arguments(

@@ -33,8 +33,6 @@ def _with_workers(original: click.Command) -> click.Command:
         click.Option(
             ["--workers"],
             type=click.IntRange(1, 256),
-            envvar="MLOPS_WORKERS",
-            show_envvar=True,
             help="Number of worker processes; each loads its own copy of the model.",
         ),
     ]

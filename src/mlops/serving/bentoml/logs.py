@@ -67,8 +67,8 @@ def attach(service: Service[Any]) -> None:
         )
     )
     logging.getLogger("mlops").setLevel(logging.INFO)
-    for name in ("", "bentoml"):  # BentoML's logger does not pass on to the root
-        logger = logging.getLogger(name)
+    root, bentoml = logging.getLogger(), logging.getLogger("bentoml")
+    for logger in (root,) if bentoml.propagate else (root, bentoml):
         if not any(isinstance(other, _SharedLog) for other in logger.handlers):
             logger.addHandler(handler)
 
