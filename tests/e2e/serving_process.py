@@ -40,8 +40,9 @@ class ServingProcess:
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.output = folder / f"output-{self.port}"
-        self.errors = folder / f"errors-{self.port}"
+        home.mkdir(parents=True, exist_ok=True)
+        self.output = home / f"output-{self.port}"
+        self.errors = home / f"errors-{self.port}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLOPS_")}
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
