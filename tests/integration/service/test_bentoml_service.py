@@ -341,3 +341,27 @@ def test_mistakes_are_told_when_the_service_is_made(
 def test_bad_settings(tmp_path: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         create_bentoml_service(tmp_path, **arguments)
+
+
+def test_the_config_can_name_the_model(
+    serving: Callable[..., TestClient], base: Path, bentoml_home: Path
+) -> None:
+    stored = package_model(base, "named", model_version="1.0.0", build_bento=False)
+    by_name = BentoMLConfig(model_name="named", model_version="1.0.0")
+    client = serving(create_bentoml_service(config=by_name))
+    while client.get("/health").json()["status"] == "loading":
+        time.sleep(0.01)
+    assert client.get("/health").json()["digest"] == stored["model_digest"]
+    by_path = create_bentoml_service(config=BentoMLConfig(model_path=str(base)))
+    assert by_path.name == "mlops_service"
+    with pytest.raises(BentoMLError, match="no model is named"):
+        create_bentoml_service()
+
+
+def test_a_nested_setting_of_a_mapping_gives_way_to_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLOPS_APPLE_SILICON__ENABLE_MLX", "true")
+    mapping = {"apple_silicon": {"enable_mlx": False}}
+    write_language_model(tmp_path / "model")
+    assert create_bentoml_service(tmp_path / "model", config=mapping).name == "mlops_service"

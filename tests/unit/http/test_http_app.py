@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -205,13 +207,36 @@ def test_wrong_method_or_path(client: TestClient, method: str, path: str, status
     assert path in response.json()["error"]["message"]
 
 
-def test_while_the_model_loads(serving: Callable[..., TestClient]) -> None:
+def test_before_anything_is_loaded() -> None:
     host = RunnerHost(EchoRunner)
     client = TestClient(create_app(host, INFO))
     health = client.get("/health")
     assert health.status_code == 503
     assert health.json()["model_loaded"] is False
     assert client.post("/predict", json={"text": "a"}).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("load_error", "status"), [(None, 200), (ServiceError("no such architecture"), 503)]
+)
+def test_a_request_waits_while_the_model_loads(load_error: Exception | None, status: int) -> None:
+    gate = threading.Event()
+
+    def make_runner() -> EchoRunner:
+        gate.wait(LONG_S)
+        return EchoRunner(load_error)
+
+    host = RunnerHost(make_runner)
+    host.start()
+    client = TestClient(create_app(host, INFO), raise_server_exceptions=False)
+    assert client.get("/health").json()["status"] == "loading"
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/predict", json={"text": "a"})
+        wait_for(lambda: host.batcher and host.batcher.num_running)
+        assert not answer.done()
+        gate.set()
+        assert answer.result(LONG_S).status_code == status
+    host.stop()
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def build(
         PackagingError: other content has the tag, or BentoML refused to build.
     """
     settings = service.to_dict() if service else {}
-    for given_elsewhere in ("service_name", "project_name", "model_path"):
-        settings.pop(given_elsewhere, None)
+    for elsewhere in ("service_name", "project_name", "model_path", "model_name", "model_version"):
+        settings.pop(elsewhere, None)
     source = _SERVICE.format(
         tag=model.tag,
         digest=model.digest,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -41,7 +40,7 @@ _SWAGGER_ROUTES = frozenset({"index", "openapi-spec", "static_content", "assets"
 
 
 def create_bentoml_service(
-    model_path: str | Path,
+    model_path: str | Path | None = None,
     service_name: str | None = None,
     project_name: str | None = None,
     model_type: str | None = None,
@@ -55,7 +54,8 @@ def create_bentoml_service(
     """Make the BentoML service of one model. Assign it to a variable of your module: `svc = …`.
 
     Args:
-        model_path: a folder, a model tag or a Hugging Face id.
+        model_path: a folder, a model tag or a Hugging Face id; by default the config's
+            `model_path`, or else the tag of its `model_name` and `model_version`.
         service_name: by default the config's.
         project_name: by default the config's.
         model_type: "mlx" (a language model), "lora" (an adapter with its base) or "custom"; by
@@ -73,7 +73,7 @@ def create_bentoml_service(
         ConfigError: a setting holds what it may not.
     """
     settings = _settings(config, service_name, project_name)
-    model = str(model_path)
+    model = str(model_path) if model_path is not None else _model_of(settings)
     tag = _find(model)
     kind = _model_type(model, tag, model_type, runner_class)
     make_runner = _runner_maker(
@@ -144,10 +144,27 @@ def _settings(
         return BentoMLConfig.from_dict({**config.to_dict(), **given})
     if config is not None and not isinstance(config, Mapping):
         raise ConfigError(f"config must be a BentoMLConfig or a mapping, not {type(config)}")
-    from_environment = {f"MLOPS_{name.upper()}": name for name in config or {}}
-    hidden = {name for variable, name in from_environment.items() if os.environ.get(variable)}
-    kept = {name: value for name, value in (config or {}).items() if name not in hidden}
-    return BentoMLConfig.load(**{**kept, **given})
+    return BentoMLConfig.load(config, **given)
+
+
+def _model_of(settings: BentoMLConfig) -> str:
+    """The model that the settings name: `model_path`, else the tag of `model_name`.
+
+    Raises:
+        ServiceError: they name none.
+    """
+    if settings.model_path:
+        return str(settings.model_path)
+    if settings.model_name:
+        from mlops.registry import tags
+
+        name = tags.valid_name(settings.model_name)
+        version = settings.model_version
+        return f"{name}:{tags.valid_version(version)}" if version else name
+    raise ServiceError(
+        "no model is named: give model_path, or set model_path or model_name in the config",
+        _OPERATION,
+    )
 
 
 def _find(model: str) -> str | None:

@@ -1,7 +1,8 @@
 """The one runner behind a service: loading it beside the event loop, asking it, unloading it.
 
-`start` returns at once; a thread makes and loads the runner. Requests are refused with 503 until it
-is ready and after it has stopped.
+`start` returns at once; a thread makes and loads the runner. Requests wait until it is loaded,
+within their time: one process of several may be ready before the others. Before `start`, after
+`stop` and when loading has failed they get 503.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class RunnerHost:
         self._on_loaded = on_loaded
         self._on_failure = on_failure
         self._lock = threading.Lock()
+        self._loading_ended = threading.Event()
         self._status = Status.STOPPED
         self.timeout_s = timeout_s
         self.runner: Runner | None = None
@@ -86,6 +88,13 @@ class RunnerHost:
                 return
             self._status = Status.LOADING
             self.failure = None
+            self._loading_ended.clear()
+            self.batcher = Batcher(
+                self._run_batch,
+                batch_limit=self._batch_limit,
+                max_latency_ms=self._max_latency_ms,
+                max_waiting=self._max_waiting,
+            )
         threading.Thread(target=self._load, name="mlops-load", daemon=True).start()
 
     def stop(self) -> None:
@@ -94,6 +103,7 @@ class RunnerHost:
             self._status = Status.STOPPED
             runner, batcher = self.runner, self.batcher
             self.runner = self.batcher = None
+            self._loading_ended.set()
         if batcher:
             batcher.close()
         if runner:
@@ -117,13 +127,8 @@ class RunnerHost:
                 self._can_cancel = (
                     "is_cancelled" in inspect.signature(runner.predict_batch).parameters
                 )
-                self.batcher = Batcher(
-                    self._run_batch,
-                    batch_limit=self._batch_limit,
-                    max_latency_ms=self._max_latency_ms,
-                    max_waiting=self._max_waiting,
-                )
                 self._status = Status.HEALTHY
+                self._loading_ended.set()
         if unwanted:
             unwanted.unload_model()
             return
@@ -137,6 +142,7 @@ class RunnerHost:
                 return
             self._status = Status.UNHEALTHY
             self.failure = exc
+            self._loading_ended.set()
         expected = isinstance(exc, MLOpsError)  # its message says all
         logger.error("the model could not be loaded: %s", exc, exc_info=None if expected else exc)
         if self._on_failure:
@@ -154,15 +160,16 @@ class RunnerHost:
             disconnected: an async function that returns when the client has left.
 
         Raises:
-            EngineShutdownError: no model is loaded.
+            EngineShutdownError: no model is loaded, and none is being loaded.
             QueueFullError: too many requests wait.
             DeadlineExceededError: `timeout_s` is over; the work is given up.
             ClientDisconnect: the client has left; the work is given up.
         """
-        if self.status is not Status.HEALTHY or self.batcher is None:
+        batcher = self.batcher
+        if self.status not in {Status.LOADING, Status.HEALTHY} or batcher is None:
             raise EngineShutdownError(f"the model is not ready: the service is {self.status.value}")
         pending = Pending(input_data, time.monotonic() + self.timeout_s)
-        self.batcher.submit(pending)
+        batcher.submit(pending)
         answer = asyncio.ensure_future(asyncio.wrap_future(pending.answer))
         waited_for: set[asyncio.Future[Any]] = {answer}
         if disconnected:
@@ -184,9 +191,10 @@ class RunnerHost:
                     await task
 
     def _run_batch(self, batch: Sequence[Pending]) -> Sequence[Prediction | Exception]:
+        self._loading_ended.wait()
         runner = self.runner
         if runner is None:
-            raise EngineShutdownError("the service is stopping")
+            raise EngineShutdownError(f"the model is not ready: the service is {self.status.value}")
         inputs = [pending.input_data for pending in batch]
         predict_batch: Callable[..., list[Prediction | Exception]] = runner.predict_batch
         if self._can_cancel:
