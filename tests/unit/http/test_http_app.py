@@ -189,7 +189,7 @@ def test_a_large_body_is_refused_while_it_is_read(serving: Callable[..., TestCli
         "/predict", content=chunks(), headers={"content-type": "application/json"}
     )
     assert response.status_code == 413
-    assert response.json()["error"]["type"] == "RequestEntityTooLarge"
+    assert response.json()["error"]["type"] == "ContentTooLarge"
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def _settings(
     project_name: str | None,
 ) -> BentoMLConfig:
     names = {"service_name": service_name, "project_name": project_name}
-    given = {name: value for name, value in names.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
     if isinstance(config, BentoMLConfig):
         return BentoMLConfig.from_dict({**config.to_dict(), **given})
     if config is not None and not isinstance(config, Mapping):

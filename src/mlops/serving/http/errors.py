@@ -48,8 +48,9 @@ def describe(exc: BaseException) -> dict[str, Any]:
     """The body of the answer to a request that failed with `exc`."""
     status = status_of(exc)
     if isinstance(exc, HTTPException):
-        name = HTTPStatus(status).phrase.title().replace(" ", "")
-        return {"error": {"type": name, "message": exc.detail}}
+        # Python 3.13 has RFC 9110's phrase for 413, earlier ones have an older.
+        phrase = "Content Too Large" if status == 413 else HTTPStatus(status).phrase
+        return {"error": {"type": phrase.title().replace(" ", ""), "message": exc.detail}}
     if status == 500:
         message = "The service could not answer; its log says why."
         return {"error": {"type": "InternalServerError", "message": message}}
