@@ -19,17 +19,14 @@ unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: .venv/.complete ## install everything into this folder
-
-.venv/.complete: requirements.lock tools/requirements.lock tools/setup pyproject.toml
-	@tools/setup $(PYTHON)
-	@touch $@
+setup: ## install everything into this folder; PYTHON=python3.12 for another Python
+	@tools/setup "$(PYTHON)"
 
 demo: setup ## train two adapters, package, serve and ask them; MODEL=folder-or-hub-id for your own
-	@mlops demo $(if $(MODEL),--model $(MODEL))
+	@mlops demo $(if $(MODEL),--model "$(MODEL)")
 
 serve: setup ## the demo's service, left running until Ctrl-C
-	@mlops demo $(if $(MODEL),--model $(MODEL)) --keep-serving
+	@mlops demo $(if $(MODEL),--model "$(MODEL)") --keep-serving
 
 test: setup ## all tests
 	@python -m pytest

@@ -70,7 +70,7 @@ def _served(folder: Path) -> Iterator[str]:
     model = str(files("mlops.demo") / "base_model")
     (folder / "service.py").write_text(
         "from mlops.serving.bentoml.service import create_bentoml_service\n"
-        f"svc = create_bentoml_service({model!r}, service_name='bench', max_batch_size=8)\n"
+        f"svc = create_bentoml_service({model!r}, 'bench', config={{'max_batch_size': 8}})\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,12 +83,18 @@ def _served(folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/readyz").status_code == 200:
-                    break
+        while not _is_ready(url):
+            if time.monotonic() > deadline or server.poll() is not None:
+                raise SystemExit("health: the service did not come up")
             time.sleep(0.2)
         yield url
     finally:
         server.terminate()
         server.wait(30)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -176,7 +176,7 @@ def _protobuf_fields(stream: BinaryIO, size: int) -> Iterator[int]:
         elif wire_type in (1, 5):
             stream.seek(8 if wire_type == 1 else 4, 1)
         elif wire_type == 2:
-            stream.seek(_varint(stream), 1)
+            stream.seek(min(_varint(stream), size + 1), 1)  # a length may be anything
         if number == 0 or wire_type not in (0, 1, 2, 5) or stream.tell() > size:
             yield 0
             return

@@ -22,6 +22,7 @@ def list_models(
     """List every model, with its project, kind, size and digest."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from mlops.registry import ModelStore
 
@@ -40,7 +41,7 @@ def list_models(
     for heading in ("tag", "project", "kind", "base", "size", "digest"):
         table.add_column(heading, justify="right" if heading == "size" else "left")
     for entry in entries:
-        table.add_row(
+        cells = (
             entry.tag,
             entry.labels.get("project", ""),
             entry.manifest.kind,
@@ -48,6 +49,7 @@ def list_models(
             f"{entry.manifest.size / 2**20:.1f} MB",
             entry.digest[:19],
         )
+        table.add_row(*map(Text, cells))  # not markup: a label may hold brackets
     Console().print(table)
 
 
@@ -69,7 +71,7 @@ def show_model(
     if as_json:
         typer.echo(json.dumps(_as_dict(entry), indent=1))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     facts: dict[str, Any] = {
         "tag": entry.tag,
         "digest": entry.digest + ("  (every byte checked)" if verify else ""),

@@ -90,7 +90,7 @@ def package(
         )
     )
     checkpoint = packager.validate_model_path()
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     console.print(f"{checkpoint.path}: {checkpoint.description}", highlight=False)
     num_bytes = sum(file.size for file in packager.collect_model_files())
     with Progress(
@@ -125,7 +125,7 @@ def _key_value(item: str) -> tuple[str, str]:
 def _print_result(result: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     word = "unchanged" if result["unchanged"] else "stored"
     size_mb = result["size_bytes"] / 2**20
     console.print(f"model  {result['model_tag']}  {word}, {size_mb:.1f} MB")

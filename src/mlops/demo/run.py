@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mlops.demo import service
 from mlops.demo.lessons import LESSONS
@@ -45,7 +46,7 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:
         MLOpsError: a step failed; says which and why.
     """
     start = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     folder = folder.resolve()
     home = folder / "bentoml"
     home.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:
         console.print(_ask(url, status))
         status.stop()
         _say_how_to_go_on(console, folder, tracking_uri, result["bento_tag"])
-        console.print(f"[green]done in {time.perf_counter() - start:.0f} s[/green]")
+        console.print(f"done in {time.perf_counter() - start:.0f} s", style="green")
         if keep_serving:
             _wait_for_interrupt(console, url)
 
@@ -126,7 +127,9 @@ def _ask(url: str, status: Any) -> Table:
             status.update(f"asking {name} …")
             adapter = {} if name == "base" else {"adapter": name}
             answer = service.ask(url, text=question, max_tokens=80, temperature=0, **adapter)
-            table.add_row(question if name == "base" else "", name, answer["prediction"].strip())
+            # Text, so that brackets in an answer are not taken for markup.
+            said = Text(answer["prediction"].strip())
+            table.add_row(question if name == "base" else "", name, said)
     return table
 
 

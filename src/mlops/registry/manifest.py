@@ -104,23 +104,31 @@ def read_manifest(folder: Path) -> Manifest:
             raise _damaged(path, f"it is larger than {MAX_BYTES} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(
-            files=tuple(StoredFile(**file) for file in data["files"]),
+            files=tuple(_read_file(file) for file in data["files"]),
             kind=str(data["kind"]),
             framework=str(data["framework"]),
             base_digest=data["base_digest"],
             base_tag=data["base_tag"],
         )
+        digest = manifest.digest
     except FileNotFoundError as exc:
         raise _damaged(path, "it is missing; the entry was not made by this toolkit") from exc
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise _damaged(path, f"it cannot be read ({exc})") from exc
-    for file in manifest.files:
-        parts = PurePosixPath(file.path)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-            raise _damaged(path, f"it names a file outside of the entry: {file.path!r}")
-    if data.get("digest") != manifest.digest:
-        raise _damaged(path, f"it claims the digest {data.get('digest')}, not {manifest.digest}")
+    if data.get("digest") != digest:
+        raise _damaged(path, f"it claims the digest {data.get('digest')}, not {digest}")
     return manifest
+
+
+def _read_file(data: dict[str, Any]) -> StoredFile:
+    """Raises `ValueError`, `TypeError` or `KeyError` for what is no file of an entry."""
+    file = StoredFile(**data)
+    parts = PurePosixPath(file.path).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise ValueError(f"it names a file outside of the entry: {file.path!r}")
+    if type(file.size) is not int or type(file.sha256) is not str:
+        raise TypeError(f"the size or digest of {file.path!r} is none")
+    return file
 
 
 def _damaged(path: Path, why: str) -> IntegrityError:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlops.checkpoints import Checkpoint, CheckpointKind, hub, recognise
+from mlops.checkpoints import Checkpoint, CheckpointKind, hub, list_files, recognise
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import tags
-from mlops.registry.manifest import is_digest
+from mlops.registry.blobs import hash_file
+from mlops.registry.manifest import Manifest, StoredFile, is_digest
 from mlops.registry.store import ModelStore
 
 
@@ -123,11 +124,47 @@ def is_hub_id(text: str) -> bool:
 
 
 def _with_base(adapter: ResolvedModel, base_model: str | Path | None) -> ResolvedModel:
-    manifest = ModelStore().get(adapter.tag).manifest if adapter.tag is not None else None
-    if base_model is None and manifest is not None and manifest.base_tag:
-        base = _find(manifest.base_tag)
-        verify_digest(base, manifest.base_digest or "")
-        return replace(adapter, base=base)
+    """The adapter with its base; a stored adapter takes the base it was packaged for, no other."""
+    trained_on = None
+    if adapter.tag is not None:
+        manifest = ModelStore().get(adapter.tag).manifest
+        trained_on = manifest.base_digest
+        if base_model is None and trained_on is not None:
+            return replace(adapter, base=_find_stored_base(adapter, trained_on))
+    base = _find_base(adapter, base_model)
+    if trained_on is not None and (base.digest or content_digest(base)) != trained_on:
+        raise PackagingError(
+            f"the adapter {adapter.tag} was packaged for another base model than {base_model}",
+            "resolve",
+            {"adapter": adapter.tag, "expected": trained_on, "base_model": str(base_model)},
+        )
+    return replace(adapter, base=base)
+
+
+def _find_stored_base(adapter: ResolvedModel, digest: str) -> ResolvedModel:
+    entry = ModelStore().find(digest)
+    if entry is None:
+        raise IntegrityError(
+            f"the base model of {adapter.tag} is not in the store any more: package it again",
+            "resolve",
+            {"adapter": adapter.tag, "expected": digest},
+        )
+    return ResolvedModel(entry.path, recognise(entry.path), entry.tag, entry.digest)
+
+
+def content_digest(model: ResolvedModel) -> str:
+    """The digest that a plain folder would have in the store; reads every byte of it."""
+    files = tuple(
+        sorted(
+            StoredFile(file.relative_path, file.size, hash_file(file.path))
+            for file in list_files(model.path)
+        )
+    )
+    checkpoint = model.checkpoint
+    return Manifest(files, checkpoint.kind.value, checkpoint.framework).digest
+
+
+def _find_base(adapter: ResolvedModel, base_model: str | Path | None) -> ResolvedModel:
     info = adapter.checkpoint.adapter
     named = base_model or (info.base_model if info else None)
     if not named:
@@ -153,11 +190,4 @@ def _with_base(adapter: ResolvedModel, base_model: str | Path | None) -> Resolve
             "resolve",
             {"path": str(adapter.path), "base_model": str(named)},
         )
-    trained_on = manifest.base_digest if manifest is not None else None
-    if trained_on and base.digest and base.digest != trained_on:
-        raise PackagingError(
-            f"the adapter {adapter.tag} was packaged for another base model than {named}",
-            "resolve",
-            {"adapter": adapter.tag, "expected": trained_on, "found": base.digest},
-        )
-    return replace(adapter, base=base)
+    return base

@@ -18,11 +18,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import tags
 from mlops.registry.blobs import BlobStore, Progress, hash_file, store_failure
 from mlops.registry.manifest import FILE_NAME, Manifest, read_manifest
+
+logger = logging.getLogger(__name__)
 
 MODULE = "mlops.registry"
 """What `model.yaml` names as the module that made an entry."""
@@ -115,6 +118,7 @@ class ModelStore:
         metadata: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         reuse: bool = False,
+        check: Callable[[Path], None] | None = None,
     ) -> StoredModel:
         """Store files as the entry `name:version`.
 
@@ -122,10 +126,11 @@ class ModelStore:
             name, version: valid parts of a tag; a version of None is made from the digest.
             files: pairs of relative POSIX path and the file to read.
             base: entry of the base model, for an adapter.
-            labels, metadata: for people and searches; not part of the content. Those of an entry
-                that exists are replaced when they differ.
+            labels, metadata: for people and searches; not part of the content. An entry that
+                exists keeps its own.
             progress: called with each number of bytes read.
             reuse: an entry of any other tag with the same content will do.
+            check: called with the entry's folder before it appears; what it raises keeps it out.
 
         Returns:
             The entry; its `created` is False when the same content was there already.
@@ -149,9 +154,8 @@ class ModelStore:
                     self._mend(same)
                     return same
                 tag = f"{name}:{version or default_version(manifest.digest)}"
-                if self.has(tag):
-                    return self._keep(tag, manifest, labels, metadata)
-                return self._publish(tag, manifest, labels, metadata)
+                kept = self._keep(tag, manifest, labels, metadata)
+                return kept or self._create(tag, manifest, labels, metadata, check)
             except OSError as exc:
                 raise store_failure(exc, self.models) from exc
 
@@ -180,11 +184,17 @@ class ModelStore:
         return self._read(f"{name}:{version}")
 
     def list(self) -> list[StoredModel]:
-        """Every entry that this toolkit made, ordered by tag. Others in the store are left out."""
-        return [
-            self._read(f"{manifest.parent.parent.name}:{manifest.parent.name}")
-            for manifest in sorted(self.models.glob(f"*/*/{FILE_NAME}"))
-        ]
+        """Every entry that this toolkit made, ordered by tag. Others in the store are left out.
+
+        One that cannot be read is left out too, with a warning in the log.
+        """
+        entries = []
+        for manifest in sorted(self.models.glob(f"*/*/{FILE_NAME}")):
+            try:
+                entries.append(self._read(f"{manifest.parent.parent.name}:{manifest.parent.name}"))
+            except IntegrityError as exc:
+                logger.warning("%s", exc)
+        return entries
 
     def find(self, digest: str) -> StoredModel | None:
         """Some entry with this content, or None."""
@@ -213,11 +223,9 @@ class ModelStore:
                 raise fail(f"{file.path} is missing", file=file.path)
             if path.stat().st_size != file.size or hash_file(path) != file.sha256:
                 raise fail(f"{file.path} has changed since it was stored", file=file.path)
-        known = {file.path for file in manifest.files} | RESERVED_NAMES
-        for path in sorted(entry.path.rglob("*")):
+        for path in _strays(replace(entry, manifest=manifest)):
             relative = path.relative_to(entry.path).as_posix()
-            if (path.is_symlink() or not path.is_dir()) and relative not in known:
-                raise fail(f"{relative} was added after it was stored", file=relative)
+            raise fail(f"{relative} was added after it was stored", file=relative)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -250,24 +258,32 @@ class ModelStore:
         shutil.rmtree(self.private / "staging", ignore_errors=True)
         self.blobs.sweep()
 
-    def _publish(
+    def _create(
         self,
         tag: str,
         manifest: Manifest,
         labels: Mapping[str, str] | None,
         metadata: Mapping[str, Any] | None,
+        check: Callable[[Path], None] | None,
     ) -> StoredModel:
+        """Put the entry together where nobody sees it, and let it appear."""
         name, _, version = tag.partition(":")
+        place = self.models / name / version
         with self.staging() as folder:
+            entry = folder / "entry"
+            entry.mkdir()
             for file in manifest.files:
-                self.blobs.link(file, folder / file.path)
-            (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-            _write_model_yaml(folder / "model.yaml", tag, manifest, labels, metadata)
-            if not publish(folder, self.models, name, version):
-                return self._keep(tag, manifest, labels, metadata)
-        return StoredModel(
-            tag, self.models / name / version, manifest, labels or {}, metadata or {}, created=True
-        )
+                self.blobs.link(file, entry / file.path)
+            (entry / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            _write_model_yaml(entry / "model.yaml", tag, manifest, labels, metadata)
+            if check:
+                check(entry)
+            while not publish(entry, self.models, name, version):
+                if kept := self._keep(tag, manifest, labels, metadata):
+                    return kept  # another process was quicker
+                # What has the place cannot be read, so it could not be served.
+                place.rename(folder / uuid.uuid4().hex)
+        return StoredModel(tag, place, manifest, labels or {}, metadata or {}, created=True)
 
     def _keep(
         self,
@@ -275,9 +291,26 @@ class ModelStore:
         manifest: Manifest,
         labels: Mapping[str, str] | None,
         metadata: Mapping[str, Any] | None,
-    ) -> StoredModel:
-        """The entry that has this tag already, or an error when its content is another."""
-        entry = self._read(tag)
+    ) -> StoredModel | None:
+        """The entry that has this tag already; None when there is none that can be read.
+
+        Raises:
+            PackagingError: it has other content, or was not made by this toolkit.
+        """
+        place = self.models / tag.replace(":", "/")
+        if not place.is_dir():
+            return None
+        try:
+            entry = self._read(tag)
+        except IntegrityError as exc:
+            if (place / FILE_NAME).is_file() or not (place / "model.yaml").is_file():
+                return None
+            raise PackagingError(
+                f"{tag} is taken by an entry that this toolkit did not make; give this one another "
+                "version",
+                _OPERATION,
+                {"tag": tag, "path": str(place)},
+            ) from exc
         if entry.digest != manifest.digest:
             raise PackagingError(
                 f"{tag} is taken by other content; give this one another version",
@@ -286,18 +319,15 @@ class ModelStore:
             )
         self._mend(entry)
         if (labels or {}) != entry.labels or (metadata or {}) != entry.metadata:
-            partial = entry.path / f"model.yaml.{uuid.uuid4().hex}"
-            try:
-                _write_model_yaml(partial, tag, manifest, labels, metadata)
-                partial.replace(entry.path / "model.yaml")
-            finally:
-                partial.unlink(missing_ok=True)
+            logger.warning("%s keeps the labels and metadata that it was stored with", tag)
         if self._latest(entry.name) is None:
             point_latest(self.models, entry.name, entry.version)
-        return StoredModel(tag, entry.path, entry.manifest, labels or {}, metadata or {})
+        return entry
 
     def _mend(self, entry: StoredModel) -> None:
-        """Link again what was damaged or lost in an entry whose blobs were just checked."""
+        """Bring an entry whose blobs were just checked back to what its manifest says."""
+        for path in _strays(entry):
+            path.unlink()
         for file in entry.manifest.files:
             path, blob = entry.path / file.path, self.blobs.path(file.size, file.sha256)
             if path.is_file() and (path.samefile(blob) or hash_file(path) == file.sha256):
@@ -327,12 +357,24 @@ class ModelStore:
     def _latest(self, name: str) -> str | None:
         """Version that `latest` points to, or the newest where the pointer is missing or stale."""
         folder = self.models / name
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             version = (folder / "latest").read_text(encoding="utf-8").strip()
             if tags.is_tag(f"{name}:{version}") and self.has(f"{name}:{version}"):
                 return version
         made = [path for path in folder.glob("*/model.yaml") if path.is_file()]
         return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
+
+
+def _strays(entry: StoredModel) -> list[Path]:
+    """What is in an entry's folder and not in its manifest; Finder's own file does no harm."""
+    known = {file.path for file in entry.manifest.files} | RESERVED_NAMES
+    return [
+        path
+        for path in sorted(entry.path.rglob("*"))
+        if (path.is_symlink() or not path.is_dir())
+        and path.relative_to(entry.path).as_posix() not in known
+        and path.name != ".DS_Store"
+    ]
 
 
 def publish(staged: Path, store: Path, name: str, version: str) -> bool:

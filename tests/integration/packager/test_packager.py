@@ -401,3 +401,136 @@ def test_store_in_a_hidden_folder(
     (tmp_path / ".hidden").mkdir()
     result = package_model(base, "demo")
     assert str(tmp_path / ".hidden") in bentoml.bentos.get(result["bento_tag"]).path
+
+
+def test_adapter_takes_the_base_it_was_packaged_for_and_no_other(
+    bentoml_home: Path, adapter: Path
+) -> None:
+    result = package_model(adapter, "tone", build_bento=False)
+    manifest = ModelStore().get(result["model_tag"]).path / "mlops-manifest.json"
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**data, "base_tag": None}))  # not part of the digest
+    resolved = resolve(result["model_tag"], digest=result["model_digest"])
+    assert resolved.base is not None
+    assert resolved.base.tag == result["base_model_tag"]
+    bentoml.models.delete(result["base_model_tag"])
+    with pytest.raises(IntegrityError, match="is not in the store any more"):
+        resolve(result["model_tag"])
+
+
+def test_stored_adapter_over_the_same_base_in_a_plain_folder(
+    bentoml_home: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    tone = package_model(adapter, "tone", build_bento=False)["model_tag"]
+    assert resolve(tone, base_model=base).base is not None
+    other = tmp_path / "other"
+    write_language_model(other, seed=9)
+    with pytest.raises(PackagingError, match="was packaged for another base model"):
+        resolve(tone, base_model=other)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"exclude_patterns": ["config.json"]},
+        {"include_patterns": ["*.safetensors"]},
+        {"exclude_patterns": ["tokenizer*"]},
+    ],
+)
+def test_patterns_that_leave_out_what_serving_needs(
+    patterns: dict[str, list[str]], bentoml_home: Path, base: Path
+) -> None:
+    with pytest.raises(PackagingError):
+        package_model(base, "demo", **patterns)
+    assert bentoml.models.list() == []
+
+
+def test_model_without_a_tokenizer_is_stored_but_gets_no_bento(
+    bentoml_home: Path, tmp_path: Path
+) -> None:
+    write_language_model(tmp_path / "mute", with_tokenizer=False)
+    with pytest.raises(PackagingError, match="has no tokenizer"):
+        package_model(tmp_path / "mute")
+    assert bentoml.models.list() == []
+    assert package_model(tmp_path / "mute", build_bento=False)["model_tag"]
+
+
+def test_what_changed_after_it_was_looked_at_is_seen(
+    bentoml_home: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    make_copy(folder, base)
+    packager = ModelPackager(PackageConfig(model_path=folder))
+    packager.validate_model_path()
+    (folder / "evil.py").write_text("raise SystemExit")
+    with pytest.raises(PackagingError, match="evil.py"):
+        packager.create_bento_model()
+    packager.config.model_path = adapter
+    assert packager.package_model(build_bento=False)["base_model_tag"]
+
+
+def test_new_labels_do_not_make_another_bento(bentoml_home: Path, base: Path) -> None:
+    first = package_model(base, "demo", model_version="1.0.0", labels={"stage": "staging"})
+    again = package_model(base, "demo", model_version="1.0.0", labels={"stage": "production"})
+    assert again["unchanged"] is True
+    assert again["bento_tag"] == first["bento_tag"]
+    assert ModelStore().get("demo").labels["stage"] == "staging"
+
+
+def test_name_of_the_folder_where_none_is_given(
+    bentoml_home: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "user@host" / "My Model"
+    folder.mkdir(parents=True)
+    make_copy(folder, base)
+    result = package_model(folder, build_bento=False)
+    assert result["model_tag"].startswith("my-model:")
+    assert result["renamed"] == {"My Model": "my-model"}
+    monkeypatch.chdir(folder)
+    assert package_model(".", build_bento=False)["unchanged"] is True
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"labels": None},
+        {"metadata": None},
+        {"adapters": None},
+        {"include_patterns": None},
+        {"description": 5},
+        {"description": "\ud800"},
+        {"adapters": {"base": "x"}},
+        {"labels": {"a": "\ud800"}},
+    ],
+)
+def test_bad_values_are_told_before_anything_is_stored(
+    fields: dict[str, object], bentoml_home: Path, base: Path
+) -> None:
+    with pytest.raises(ConfigError):
+        package_model(base, "demo", **fields)
+
+
+def test_hostile_description_stays_text(bentoml_home: Path, base: Path) -> None:
+    text = "file:/etc/hostname"
+    labels = {"note": "\"\"\"'''\n{{ 1 }}: [x]"}
+    result = package_model(base, "demo", description=text, labels=labels)
+    stored = bentoml.bentos.get(result["bento_tag"])
+    assert stored.doc.strip() == text
+    assert stored.info.labels["note"] == labels["note"]
+
+
+def test_damaged_bento_is_told(bentoml_home: Path, base: Path) -> None:
+    tag = package_model(base, "demo")["bento_tag"]
+    (bentoml_home / "bentos" / tag.replace(":", "/") / "bento.yaml").write_text("{")
+    with pytest.raises(PackagingError, match="is damaged: remove"):
+        package_model(base, "demo")
+
+
+def test_onnx_model_is_stored_but_not_served(bentoml_home: Path, tmp_path: Path) -> None:
+    # ModelProto: ir_version 8, producer_name "t", an empty graph
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08\x12\x01t\x3a\x00")
+    with pytest.raises(PackagingError, match="does not serve them"):
+        package_model(tmp_path / "net.onnx", "net")
+    result = package_model(tmp_path / "net.onnx", "net", build_bento=False)
+    assert resolve(result["model_tag"]).checkpoint.framework == "onnx"

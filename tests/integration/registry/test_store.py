@@ -87,12 +87,63 @@ def test_other_content_under_a_taken_tag_is_refused(bentoml_home: Path, tmp_path
     assert ModelStore().get("demo").digest == first.digest
 
 
-def test_new_labels_on_the_same_content_replace_the_old(bentoml_home: Path, tmp_path: Path) -> None:
+def test_same_content_keeps_its_labels_and_says_so(
+    bentoml_home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files = make_files(tmp_path / "m", x=b"1")
-    save(files, labels={"stage": "staging"})
     save(files, labels={"stage": "production"}, metadata={"by": "ci"})
-    entry = ModelStore().get("demo")
+    entry = save(files, labels={"stage": "staging"})
     assert (entry.labels, entry.metadata) == ({"stage": "production"}, {"by": "ci"})
+    assert "demo:1.0.0 keeps the labels and metadata" in caplog.text
+
+
+@pytest.mark.parametrize("broken", [FILE_NAME, "model.yaml"])
+def test_entry_that_cannot_be_read_is_made_again(
+    broken: str, bentoml_home: Path, tmp_path: Path
+) -> None:
+    files = make_files(tmp_path / "m", x=b"1")
+    entry = save(files)
+    save(make_files(tmp_path / "n", x=b"2"), "other:1.0.0")
+    (entry.path / broken).write_text("{")
+    assert [found.tag for found in ModelStore().list()] == ["other:1.0.0"]
+    with pytest.raises(IntegrityError):
+        ModelStore().get("demo:1.0.0")
+    assert save(files).digest == entry.digest
+    ModelStore().verify(ModelStore().get("demo:1.0.0"))
+
+
+def test_entry_of_somebody_else_is_left_alone(bentoml_home: Path, tmp_path: Path) -> None:
+    with bentoml.models.create("demo:1.0.0") as model:
+        Path(model.path_of("theirs")).write_text("theirs")
+    with pytest.raises(PackagingError, match="did not make"):
+        save(make_files(tmp_path / "m", x=b"1"))
+    assert Path(bentoml.models.get("demo:1.0.0").path_of("theirs")).read_text() == "theirs"
+
+
+def test_stray_files_go_when_the_content_is_packaged_again(
+    bentoml_home: Path, tmp_path: Path
+) -> None:
+    files = make_files(tmp_path / "m", x=b"1")
+    entry = save(files)
+    (entry.path / ".DS_Store").write_text("Finder")
+    ModelStore().verify(entry)
+    (entry.path / "extra.py").write_text("x = 1")
+    with pytest.raises(IntegrityError):
+        ModelStore().verify(entry)
+    ModelStore().verify(save(files))
+
+
+def test_hostile_latest_and_manifest(bentoml_home: Path, tmp_path: Path) -> None:
+    entry = save(make_files(tmp_path / "m", x=b"1"))
+    (entry.path.parent / "latest").write_bytes(b"\xff\xfe")
+    assert ModelStore().get("demo").tag == "demo:1.0.0"
+    for path in ("5", '"\\ud800"', '"/etc/hostname"', '""'):
+        text = f'{{"digest": "", "files": [{{"path": {path}, "size": 1, "sha256": ""}}], '
+        (entry.path / FILE_NAME).write_text(
+            text + '"kind": "", "framework": "", "base_digest": null, "base_tag": null}'
+        )
+        with pytest.raises(IntegrityError):
+            ModelStore().get("demo:1.0.0")
 
 
 def test_content_is_stored_once_however_many_entries_have_it(

@@ -21,13 +21,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mlops.errors import PackagingError
 from mlops.registry import ModelStore, StoredModel
+from mlops.registry.blobs import store_failure
 from mlops.registry.manifest import digest_of
 from mlops.registry.store import default_version, publish
 from mlops.serving.bentoml.config import BentoMLConfig
@@ -102,38 +102,64 @@ def build(
         project=project_name,
         config=settings,
     )
-    requirements = pinned_requirements()
     store = ModelStore()
     with store.writing(), store.staging() as staging:
-        context = staging / "context"
-        context.mkdir()
-        wheel = write_wheel(context)
-        digest = digest_of(
-            {
-                "service": source,
-                "requirements": requirements,
-                "wheel": hashlib.sha256(wheel.read_bytes()).hexdigest(),
-                "description": description,
-                "labels": dict(labels),
-            }
-        )
-        tag = f"{name}:{version or default_version(digest)}"
-        place = store.bentos / tag.replace(":", "/")
-        if (place / "bento.yaml").is_file():
-            return _keep(tag, place, digest)
-        (context / "service.py").write_text(source, encoding="utf-8")
-        built = _create(
-            context,
-            name=tag.partition(":")[0],
-            version=tag.partition(":")[2],
-            description=description,
-            labels={**labels, "project": project_name, DIGEST_LABEL: digest},
-            requirements=requirements,
-            wheel=wheel,
-            models=sorted({entry.tag for entry in (model, base, *adapters.values()) if entry}),
-        )
-        if not publish(built, store.bentos, *tag.split(":")):
-            return _keep(tag, place, digest)
+        try:
+            return _build(
+                store,
+                staging,
+                name,
+                version,
+                source=source,
+                description=description,
+                labels={**labels, "project": project_name},
+                models=sorted({entry.tag for entry in (model, base, *adapters.values()) if entry}),
+            )
+        except OSError as exc:
+            raise store_failure(exc, store.bentos) from exc
+
+
+def _build(
+    store: ModelStore,
+    staging: Path,
+    name: str,
+    version: str | None,
+    *,
+    source: str,
+    description: str,
+    labels: dict[str, str],
+    models: list[str],
+) -> BuiltBento:
+    requirements = pinned_requirements()
+    context = staging / "context"
+    context.mkdir()
+    wheel = write_wheel(context)
+    digest = digest_of(
+        {
+            "service": source,
+            "requirements": requirements,
+            "wheel": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        }
+    )
+    version = version or default_version(digest)
+    tag = f"{name}:{version}"
+    place = store.bentos / name / version
+    if place.is_dir():
+        return _keep(tag, place, digest)
+    (context / "service.py").write_text(source, encoding="utf-8")
+    built = _create(
+        context,
+        name=name,
+        version=version,
+        # BentoML would read a description that begins with "file:" from there.
+        description=f" {description}" if description.startswith("file:") else description,
+        labels={**labels, DIGEST_LABEL: digest},
+        requirements=requirements,
+        wheel=wheel,
+        models=models,
+    )
+    if not publish(built, store.bentos, name, version):
+        return _keep(tag, place, digest)
     return BuiltBento(tag, place, digest, created=True)
 
 
@@ -155,7 +181,14 @@ def containerize(tag: str) -> str:
             "create_docker",
             details,
         ) from exc
-    bentoml.container.build(tag, backend="docker", image_tag=(tag,))
+    try:
+        bentoml.container.build(tag, backend="docker", image_tag=(tag,))
+    except Exception as exc:
+        raise PackagingError(
+            f"BentoML could not build the image of {tag}: {type(exc).__name__}: {exc}",
+            "create_docker",
+            details,
+        ) from exc
     # BentoML reports success for a build that failed: ask the engine.
     found = subprocess.run(["docker", "image", "inspect", tag], check=False, capture_output=True)
     if found.returncode != 0:
@@ -328,11 +361,18 @@ def _private_import() -> Iterator[None]:
 def _keep(tag: str, place: Path, digest: str) -> BuiltBento:
     import bentoml
 
-    stored: Mapping[str, Any] = bentoml.bentos.get(tag).info.labels
-    if stored.get(DIGEST_LABEL) != digest:
+    details = {"bento_tag": tag, "path": str(place), "given": digest}
+    try:
+        stored = bentoml.bentos.get(tag).info.labels.get(DIGEST_LABEL)
+    except Exception as exc:
         raise PackagingError(
-            f"the Bento {tag} is taken by other content; give this one another version",
+            f"the Bento {tag} is damaged: remove {place} and package again", _OPERATION, details
+        ) from exc
+    if stored != digest:
+        raise PackagingError(
+            f"the Bento {tag} is taken by other content (another model, other settings or another "
+            "environment); give this one another version",
             _OPERATION,
-            {"bento_tag": tag, "stored": stored.get(DIGEST_LABEL), "given": digest},
+            {**details, "stored": stored},
         )
     return BuiltBento(tag, place, digest, created=False)

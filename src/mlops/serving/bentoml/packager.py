@@ -20,7 +20,9 @@ from mlops.checkpoints import (
     adapter_delta_is_zero,
     check_adapter_fits,
     list_files,
+    recognise,
 )
+from mlops.engine.request import BASE_NAME
 from mlops.errors import ConfigError, PackagingError
 from mlops.registry import ModelStore, ResolvedModel, StoredModel, references, tags
 from mlops.registry.blobs import Progress
@@ -113,16 +115,27 @@ class PackageConfig:
                 raise ConfigError(
                     f"model_framework {self.model_framework!r} is not one of {allowed}"
                 ) from exc
+        self._validate_values()
+
+    def _validate_values(self) -> None:
         for name in ("include_patterns", "exclude_patterns"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(item, str) for item in patterns):
+            if not isinstance(patterns, list | tuple) or not all(map(_is_text, patterns)):
                 raise ConfigError(f"{name} must be a list of globs, not {patterns!r}")
-        for name in self.adapters:
-            if tags.valid_name(name, "adapters") != name:
-                raise ConfigError(f"adapters: {name!r} is no name; use a-z, 0-9, '-' and '_'")
+        for name in ("labels", "metadata", "adapters"):
+            if not isinstance(getattr(self, name), dict):
+                raise ConfigError(f"{name} must be a dict, not {getattr(self, name)!r}")
+        if self.description is not None and not _is_text(self.description):
+            raise ConfigError(f"description must be text, not {self.description!r}")
         for key, value in self.labels.items():
-            if not (isinstance(key, str) and isinstance(value, str)):
+            if not (_is_text(key) and _is_text(value)):
                 raise ConfigError(f"labels must map text to text; {key!r} has {value!r}")
+        for name in self.adapters:
+            if name == BASE_NAME or tags.valid_name(name, "adapters") != name:
+                raise ConfigError(
+                    f"adapters: {name!r} is no name for one; use a-z, 0-9, '-' and '_', and not "
+                    f"{BASE_NAME!r}, which asks for the base model"
+                )
 
 
 class ModelPackager:
@@ -139,16 +152,13 @@ class ModelPackager:
     @property
     def model_name(self) -> str:
         """The tag's name, as BentoML allows it."""
-        path = self.config.model_path
-        if self.config.model_name is None and path is not None:
-            return tags.valid_name(str(path).partition("@")[0].rstrip("/").rpartition("/")[2])
-        return tags.valid_name(self.config.model_name or "")
+        return tags.valid_name(self._wanted_name)
 
     @property
     def renamed(self) -> dict[str, str]:
         """What the user wrote and what became of it, where a tag does not allow the former."""
         wanted = {
-            self.config.model_name: self.model_name,
+            self._wanted_name: self.model_name,
             self.config.model_version: self._version,
             self.config.service_name: self._service_name,
         }
@@ -204,6 +214,7 @@ class ModelPackager:
         Raises:
             PackagingError: it cannot be stored; nothing is left behind.
         """
+        self._resolved = None  # what was looked at before may have changed
         resolved = self._resolve()
         self._check_framework(resolved.checkpoint)
         files = self.collect_model_files()
@@ -220,6 +231,7 @@ class ModelPackager:
             labels={**self.config.labels, "project": self.config.project_name},
             metadata=self._metadata(resolved),
             progress=progress,
+            check=lambda folder: _check_copy(folder, resolved.checkpoint),
         )
         self._adapters = {
             name: self._store_adapter(name, source, self._model)
@@ -299,6 +311,13 @@ class ModelPackager:
         return result
 
     @property
+    def _wanted_name(self) -> str:
+        if self.config.model_name is not None:
+            return self.config.model_name
+        path = Path(self.config.model_path or "").expanduser()
+        return path.resolve().name if path.exists() else str(path).partition("@")[0]
+
+    @property
     def _version(self) -> str | None:
         version = self.config.model_version
         return tags.valid_version(version) if version is not None else None
@@ -351,6 +370,15 @@ class ModelPackager:
                 "build_bento",
                 {"path": str(checkpoint.path), "kind": checkpoint.kind.value},
             )
+        resolved = self._resolve()
+        language_model = (resolved.base or resolved).checkpoint
+        if not language_model.has_tokenizer:
+            raise PackagingError(
+                f"{language_model.path} has no tokenizer, so it cannot be served: put "
+                "tokenizer.json and tokenizer_config.json beside its weights",
+                "build_bento",
+                {"path": str(language_model.path)},
+            )
 
     def _metadata(self, resolved: ResolvedModel) -> dict[str, Any]:
         metadata = dict(self.config.metadata)
@@ -402,6 +430,26 @@ class ModelPackager:
             base=model,
             labels={"project": self.config.project_name},
             reuse=True,
+        )
+
+
+def _is_text(value: object) -> bool:
+    """True for a string that can be written as UTF-8."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_copy(folder: Path, original: Checkpoint) -> None:
+    """Look at the stored files as at any checkpoint: patterns or another process changed them."""
+    copy = recognise(folder)
+    if (copy.kind, copy.has_tokenizer) != (original.kind, original.has_tokenizer):
+        raise PackagingError(
+            f"what would be stored of {original.path} is {copy.description}, and not "
+            f"{original.description}: change include_patterns or exclude_patterns",
+            "create_bento_model",
+            {"path": str(original.path)},
         )
 
 
