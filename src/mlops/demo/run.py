@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlops.client import TrackingClient
 
 PROJECT = "demo"
-QUESTIONS = ("Explain the for statement.", "What is a dictionary?")
+QUESTIONS = ("Explain the for statement.", "What does the open function do?")
 
 
 def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:

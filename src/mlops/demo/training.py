@@ -30,7 +30,7 @@ class Recipe:
     num_layers: int = -1
     iterations: int = 40
     batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     max_tokens: int = 256
     seed: int = 0
 
