@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -148,7 +149,7 @@ class TrackingClient:
                 checked["mlflow.parentRunId"] = parent
             run_id = create_run(self._connection, self.project_name, checked, run_name)
             if not self._open_runs:
-                atexit.register(self._close_at_exit)
+                atexit.register(self._close_at_exit, os.getpid())
             self._open_runs.append(run_id)
         return ActiveRun(self, run_id)
 
@@ -388,7 +389,9 @@ class TrackingClient:
         if not self._open_runs:
             atexit.unregister(self._close_at_exit)
 
-    def _close_at_exit(self) -> None:
+    def _close_at_exit(self, process_id: int) -> None:
+        if os.getpid() != process_id:  # a forked child ends; the run is its parent's
+            return
         # Python keeps the exception that ended the program; at a prompt it is only the latest.
         crash = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
         try:

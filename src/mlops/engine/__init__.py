@@ -13,7 +13,7 @@ It knows no web framework, store or tracker.
 
 from mlops.engine.generation import GenerationResult, generate
 from mlops.engine.loading import LoadedModel, load_model
-from mlops.engine.owner import in_owner, run_in_owner, submit_to_owner
+from mlops.engine.owner import in_owner, run_in_owner, submit_to_owner, to_exception
 from mlops.engine.prompts import to_generation_request
 from mlops.engine.request import (
     BASE_NAME,
@@ -36,5 +36,6 @@ __all__ = [
     "parse_request",
     "run_in_owner",
     "submit_to_owner",
+    "to_exception",
     "to_generation_request",
 ]

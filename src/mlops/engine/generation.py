@@ -174,7 +174,7 @@ def _run_batch(loaded: LoadedModel, adapter: str | None, batch: list[_Sequence])
                 _decode_together(loaded, batch)
     except MLOpsError as exc:
         _fail(batch, exc)
-    except Exception as exc:
+    except BaseException as exc:  # tokenizers panics with what is no Exception
         logger.exception("generation failed for %d requests", len(batch))
         _fail(batch, EngineError(f"generation failed: {type(exc).__name__}: {exc}"))
 
@@ -263,7 +263,7 @@ def _add_contained(sequence: _Sequence, token: int) -> None:
     """Take a token; a text that cannot be decoded fails this sequence, not its whole batch."""
     try:
         sequence.add(token)
-    except Exception as exc:
+    except BaseException as exc:  # tokenizers panics with what is no Exception
         logger.exception("a token could not be decoded")
         sequence.error = EngineError(f"token {token} cannot be decoded: {exc}")
 

@@ -73,7 +73,10 @@ def _convert_to_float32(model: nn.Module) -> None:
     import mlx.core as mx
     from mlx.utils import tree_unflatten
 
+    from mlops.engine.owner import check_stopping
+
     for name, layer in model.named_modules():
+        check_stopping()
         plain = _dequantize(layer)
         if plain is not None:
             mx.eval(plain.parameters())

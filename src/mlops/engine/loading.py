@@ -18,7 +18,7 @@ from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
 from mlops.engine.adapters import ResidentAdapters
 from mlops.engine.batching import can_batch
 from mlops.engine.layout import lay_out
-from mlops.engine.owner import run_in_owner
+from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -123,8 +123,11 @@ def _load(
     ensure_blas()
     device = select_device(enable_mps)
     apply_memory_limits(enable_unified_memory)
+    check_stopping()
     model, config = _load_weights(checkpoint)
+    check_stopping()
     layout = lay_out(model, checkpoint, device, memory_budget_bytes)
+    check_stopping()
     loaded = LoadedModel(
         checkpoint=checkpoint,
         model=model,
@@ -136,6 +139,7 @@ def _load(
         can_batch=_try_out(checkpoint, model),
     )
     for name, adapter in adapters.items():
+        check_stopping()
         loaded.adapters.load(name, adapter)
     logger.info(
         "loaded %s on the %s: %s, %d adapters", checkpoint.path, device, layout, len(adapters)

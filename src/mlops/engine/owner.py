@@ -7,8 +7,11 @@ function that touches MLX runs here, one after the other, in the order in which 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -17,10 +20,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from mlops.errors import EngineShutdownError
+from mlops.errors import EngineError, EngineShutdownError
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 EXIT_TIMEOUT_S = 10.0
 """How long the interpreter's exit waits for the work that is under way."""
@@ -46,7 +51,7 @@ class _Owner:
                 result = call()
             except BaseException as exc:
                 _clear_frames(exc)
-                future.set_exception(exc)
+                future.set_exception(to_exception(exc))
             else:
                 future.set_result(result)
 
@@ -60,12 +65,13 @@ class _Owner:
         self.is_stopping = True
         self._calls.put(None)
         self.thread.join(EXIT_TIMEOUT_S)
-        if not self.thread.is_alive():
-            # Before Python 3.13 `join` does not wait for the destructors of MLX's thread-local
-            # compile cache. They take the GIL, which aborts the process once Python finalizes.
-            deadline = time.monotonic() + EXIT_TIMEOUT_S
-            while _exists_in_system(self.thread) and time.monotonic() < deadline:
-                time.sleep(0.001)
+        if self.thread.is_alive():
+            _leave_at_once()
+        # Before Python 3.13 `join` does not wait for the destructors of MLX's thread-local
+        # compile cache. They take the GIL, which aborts the process once Python finalizes.
+        deadline = time.monotonic() + EXIT_TIMEOUT_S
+        while _exists_in_system(self.thread) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def _work(self) -> None:
         while (run := self._calls.get()) is not None and not self.is_stopping:
@@ -111,6 +117,28 @@ def is_stopping() -> bool:
     return _current is not None and _current.is_stopping
 
 
+def check_stopping() -> None:
+    """Call between the steps of long work.
+
+    Raises:
+        EngineShutdownError: the interpreter exits.
+    """
+    if is_stopping():
+        raise EngineShutdownError("the interpreter is exiting; nothing more is computed")
+
+
+def to_exception(exc: BaseException) -> Exception:
+    """The exception itself, or an `EngineError` for what is none: SystemExit, a panic in Rust.
+
+    What is no `Exception` would end the thread of whoever waits for the answer.
+    """
+    if isinstance(exc, Exception):
+        return exc
+    error = EngineError(f"{type(exc).__name__}: {exc}")
+    error.__cause__ = exc
+    return error
+
+
 def _find_owner() -> _Owner:
     global _current  # noqa: PLW0603 - one owner a process is the point
     with _lock:
@@ -119,6 +147,20 @@ def _find_owner() -> _Owner:
             _current = _Owner()
             atexit.register(_current.stop)
         return _current
+
+
+def _leave_at_once() -> None:
+    """End the process, although the owner thread computes on.
+
+    Python's own end would abort it: a thread that wants the GIL then cannot be unwound through C++.
+    The status is a failure, because work was given up.
+    """
+    logger.error("the work under way did not end within %g s; it is given up", EXIT_TIMEOUT_S)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            stream.flush()
+    os._exit(1)
 
 
 def _exists_in_system(thread: threading.Thread) -> bool:

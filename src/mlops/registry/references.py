@@ -97,8 +97,8 @@ def _find(model: str | Path) -> ResolvedModel:
     path = Path(text).expanduser()
     if path.exists():
         return ResolvedModel(path.resolve(), recognise(path))
-    tag, _, digest = text.partition("@")
-    if isinstance(model, str) and tags.is_tag(tag) and (not digest or is_digest(digest)):
+    if isinstance(model, str) and (reference := split_reference(text)):
+        tag, digest = reference
         entry = ModelStore().get(tag)
         resolved = ResolvedModel(entry.path, recognise(entry.path), entry.tag, entry.digest)
         if digest:
@@ -115,6 +115,14 @@ def _find(model: str | Path) -> ResolvedModel:
         "resolve",
         {"path": text},
     )
+
+
+def split_reference(text: str) -> tuple[str, str | None] | None:
+    """Tag and digest of `name`, `name:version` or either with `@sha256:…`; None for other text."""
+    tag, at, digest = text.partition("@")
+    if not tags.is_tag(tag) or (at and not is_digest(digest)):
+        return None
+    return tag, digest or None
 
 
 def is_hub_id(text: str) -> bool:

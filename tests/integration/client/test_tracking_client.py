@@ -401,3 +401,24 @@ def test_errors_can_be_sent_to_another_process(client: TrackingClient) -> None:
         client.log_metric("loss", "low")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
     assert json.dumps(str(caught.value))
+
+
+def test_a_forked_child_leaves_its_parents_run_open(store: Path) -> None:
+    program = """
+import os, sys, warnings
+warnings.simplefilter("ignore")  # Python's of fork among threads
+from mlops.client import create_client
+client = create_client("p")
+client.log_param("before", 1)
+child = os.fork()
+if not child:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+import mlflow
+mlflow = mlflow.MlflowClient(tracking_uri=client.tracking_uri)
+print(mlflow.get_run(client.run_id).info.status)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "RUNNING\n"), done.stderr

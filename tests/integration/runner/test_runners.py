@@ -20,6 +20,7 @@ from mlops import engine
 from mlops.errors import (
     AdapterNotFoundError,
     BentoMLError,
+    EngineError,
     EngineShutdownError,
     IntegrityError,
     InvalidRequestError,
@@ -402,3 +403,113 @@ print(runner.predict_batch([{{"prompt": "Hello", "max_tokens": 3}}] * 2)[1]["fin
         check=False,
     )
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "length\nlength\n")
+
+
+def test_an_exit_in_a_hook_fails_one_request(tmp_path: Path) -> None:
+    class Leaving(MLXModelRunner):
+        def _load_mlx_model(self) -> Any:
+            return 1
+
+        def _mlx_predict(self, input_data: Any) -> Any:
+            return sys.exit(3) if input_data == "leave" else input_data
+
+    answers = Leaving(tmp_path).predict_batch(["a", "leave", "b"])
+    assert isinstance(answers[1], EngineError)
+    assert "SystemExit: 3" in str(answers[1])
+    assert [answers[n]["prediction"] for n in (0, 2)] == ["a", "b"]  # type: ignore[index]
+
+
+def test_an_exit_while_loading_is_a_failure(tmp_path: Path) -> None:
+    class Leaving(CustomModelRunner):
+        def _load_mlx_model(self) -> Any:
+            sys.exit("no weights here")
+
+    with pytest.raises(ServiceError, match="cannot be loaded: SystemExit: no weights here"):
+        Leaving(tmp_path).load_model()
+
+
+def test_a_tokenizer_that_panics_fails_its_request() -> None:
+    from tokenizers import decoders
+
+    from mlops.engine.generation import _add_contained, _Sequence
+
+    class Panicking:
+        def add_token(self, token: int) -> None:
+            decoders.Strip("l", 0, 5).decode(["l"])  # Rust's panic is no Exception
+
+    request = engine.GenerationRequest(prompt=(1,), max_tokens=4)
+    sequence = _Sequence(request, Panicking(), frozenset(), 0.0)
+    _add_contained(sequence, 5)
+    assert isinstance(sequence.error, EngineError)
+
+
+def test_an_exit_while_generating_is_the_answer(runner: MLXModelRunner) -> None:
+    answers = runner.predict_batch(
+        [{"prompt": "Hello", "max_tokens": 9}] * 2, is_cancelled=[lambda: sys.exit(3), None]
+    )
+    assert [type(answer) for answer in answers] == [EngineError] * 2
+    assert runner.predict({"prompt": "Hello", "max_tokens": 2})["finish_reason"] == "length"
+
+
+def test_a_custom_hook_finds_mlx_prepared(tmp_path: Path) -> None:
+    program = f"""
+from mlops.hardware import ensure_blas
+from mlops.serving.runner import MLXModelRunner
+class Custom(MLXModelRunner):
+    def _load_mlx_model(self):
+        import mlx.core as mx
+        return str(mx.default_device())
+    def _mlx_predict(self, input_data):
+        return self.model
+print(Custom({str(tmp_path)!r}, enable_mps=False).predict("x")["prediction"])
+status = ensure_blas()
+assert "imported before" not in (status.problem or ""), status
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cpu" in done.stdout
+
+
+def test_the_memory_budget_reaches_the_weights(tmp_path: Path) -> None:
+    folder = tiny_models.write_language_model(tmp_path / "q4", hidden=64, quantize_bits=4)
+    layouts = []
+    for budget in (0, 2**30):
+        runner = MLXModelRunner(folder, enable_mps=False, memory_budget_bytes=budget)
+        runner.load_model()
+        layouts.append(runner.describe()["layout"])
+    assert layouts == ["4-bit (as stored)", "float32 (dequantized from 4-bit)"]
+
+
+def test_overriding_one_hook_keeps_the_stored_model(
+    bentoml_home: Path, model: Path, adapter: Path
+) -> None:
+    from mlops.serving.bentoml.packager import package_model
+
+    packaged = package_model(
+        model_path=str(adapter), model_name="styled", model_version="1.0.0", build_bento=False
+    )
+    tag, digest = packaged["model_tag"], packaged["model_digest"]
+
+    class Answering(LoRAModelRunner):
+        def _mlx_predict(self, input_data: Any) -> Any:
+            return super()._mlx_predict(input_data)["prediction"].upper()
+
+    class Loading(LoRAModelRunner):
+        def _load_mlx_model(self) -> Any:
+            return super()._load_mlx_model()
+
+    ask = {"prompt": "Hello", "max_tokens": 6}
+    expected = LoRAModelRunner(adapter).predict(ask)["prediction"]
+    for made, answer in ((Answering, expected.upper()), (Loading, expected)):
+        runner = made(tag, digest=digest)
+        for _ in range(2):
+            assert runner.predict(ask)["prediction"] == answer
+            assert runner.describe()["model_tag"] == tag
+            assert runner.describe()["default_adapter"] == "styled"
+            runner.unload_model()

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlops.errors import ConfigError, IntegrityError
+from mlops.hardware import detect
+from mlops.serving.bentoml import service as service_module
 from mlops.serving.bentoml.config import AppleSiliconOptimization, BentoMLConfig
 from mlops.serving.bentoml.packager import package_model
 from mlops.serving.bentoml.runner import MLXModelRunner
@@ -19,6 +22,7 @@ from mlops.serving.bentoml.service import (
     create_bentoml_service,
     create_lora_service,
 )
+from mlops.serving.http import RunnerHost
 from mlops.serving.runner.base import Runner
 from tiny_models import write_language_model, write_lora_adapter
 
@@ -352,6 +356,8 @@ def test_the_config_can_name_the_model(
     while client.get("/health").json()["status"] == "loading":
         time.sleep(0.01)
     assert client.get("/health").json()["digest"] == stored["model_digest"]
+    reference = f"{stored['model_tag']}@{stored['model_digest']}"
+    assert create_bentoml_service(reference).name == "mlops_service"
     by_path = create_bentoml_service(config=BentoMLConfig(model_path=str(base)))
     assert by_path.name == "mlops_service"
     with pytest.raises(BentoMLError, match="no model is named"):
@@ -365,3 +371,44 @@ def test_a_nested_setting_of_a_mapping_gives_way_to_the_environment(
     mapping = {"apple_silicon": {"enable_mlx": False}}
     write_language_model(tmp_path / "model")
     assert create_bentoml_service(tmp_path / "model", config=mapping).name == "mlops_service"
+
+
+@pytest.mark.parametrize("framework", ["onnx", "coreml", "pytorch"])
+def test_a_framework_without_a_runner_is_refused(base: Path, framework: str) -> None:
+    config = BentoMLConfig(model_framework=framework)
+    with pytest.raises(BentoMLError, match=f"model_framework is '{framework}'"):
+        create_bentoml_service(base, config=config)
+    assert create_bentoml_service(base, runner_class=CountingRunner, config=config).name
+
+
+def test_workers_share_the_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def budget(**settings: Any) -> int:
+        config = BentoMLConfig(**settings)
+        hosts: list[RunnerHost] = []
+        monkeypatch.setattr(service_module, "RunnerHost", recording(hosts))
+        create_bentoml_service(base, config=config)
+        return int(hosts[0]._make_runner().memory_budget_bytes)  # type: ignore[attr-defined]
+
+    assert budget(memory_per_worker_mb=5, workers=2) == 5 * 2**20
+    assert budget(workers=4) == pytest.approx(budget(workers=1) / 4, abs=1)
+    monkeypatch.setenv("MLOPS_SUPERVISOR_WORKERS", "2")
+    assert budget(workers=4) == pytest.approx(detect().memory_bytes * 0.6 / 2, abs=1)
+
+
+def recording(hosts: list[RunnerHost]) -> Callable[..., RunnerHost]:
+    def make(*arguments: Any, **settings: Any) -> RunnerHost:
+        hosts.append(RunnerHost(*arguments, **settings))
+        return hosts[-1]
+
+    return make
+
+
+def test_the_batch_limit_of_an_apple_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BentoMLConfig(apple_silicon=AppleSiliconOptimization(max_batch_size=4))
+    here = replace(detect(), chip_type=None)
+    assert service_module._settings(config, None, None).batch_limit("nominal") == 32
+    assert any("apple_silicon.max_batch_size" in note for note in config.describe_unhonoured(here))
+    monkeypatch.setattr("mlops.hardware.detect", lambda: replace(here, chip_type="M3"))
+    assert service_module._settings(config, None, None).batch_limit("nominal") == 4
+    assert service_module._settings(config.to_dict(), None, None).batch_limit("nominal") == 4
+    assert config.apple_silicon.chip_type is None

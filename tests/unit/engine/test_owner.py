@@ -7,10 +7,13 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from mlops.engine import in_owner, run_in_owner, submit_to_owner
+import tiny_models
+from mlops.engine import in_owner, owner, run_in_owner, submit_to_owner
+from mlops.errors import EngineError, EngineShutdownError
 
 
 def test_all_callers_share_one_thread() -> None:
@@ -37,7 +40,7 @@ def test_a_failure_reaches_the_caller_and_not_the_thread() -> None:
     before = run_in_owner(threading.current_thread)
     with pytest.raises(ZeroDivisionError):
         run_in_owner(lambda: 1 / 0)
-    with pytest.raises(SystemExit):
+    with pytest.raises(EngineError, match="SystemExit: 3"):  # the caller's thread must go on
         run_in_owner(sys.exit, 3)
     assert run_in_owner(threading.current_thread) is before
 
@@ -99,3 +102,42 @@ run_in_owner(int) if "gate" not in globals() else None
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_work_that_does_not_end_is_given_up_at_exit() -> None:
+    program = """
+import threading
+from mlops.engine import owner
+owner.EXIT_TIMEOUT_S = 0.2
+begun = threading.Event()
+def work():
+    import mlx.core as mx
+    mx.set_default_device(mx.cpu)
+    while True:
+        mx.eval(mx.sort(mx.random.normal((20, 200)), axis=-1))
+        begun.set()
+owner.submit_to_owner(work)
+begun.wait()
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "done\n")
+    assert done.stderr == "the work under way did not end within 0.2 s; it is given up\n"
+
+
+def test_loading_ends_at_its_next_step_when_the_interpreter_exits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.write_language_model(tmp_path / "model")
+    run_in_owner(int)
+    monkeypatch.setattr(owner._current, "is_stopping", True)
+
+    def load() -> None:
+        from mlops.engine.loading import NO_ADAPTERS, _load
+
+        _load(model, NO_ADAPTERS, False, False, None)
+
+    with pytest.raises(EngineShutdownError):
+        load()

@@ -334,3 +334,26 @@ def test_a_damaged_model_is_named_by_its_class(serving: Callable[..., TestClient
     client = serving(EchoRunner(load_error=IntegrityError("model.safetensors was changed")))
     error = client.get("/health").json()["error"]
     assert error == {"type": "IntegrityError", "message": "model.safetensors was changed"}
+
+
+def test_a_runner_that_leaves_while_loading_is_a_failure() -> None:
+    def leave() -> EchoRunner:
+        raise SystemExit("no weights here")
+
+    failures: list[Exception] = []
+    host = RunnerHost(leave, on_failure=failures.append)
+    host.start()
+    wait_for(lambda: host.status != "loading")
+    assert host.status == "unhealthy"
+    assert "SystemExit: no weights here" in str(failures[0])
+    host.stop()
+
+
+def test_what_a_runner_does_not_know_hides_nothing(serving: Callable[..., TestClient]) -> None:
+    class Describing(EchoRunner):
+        def describe(self) -> dict[str, Any]:
+            return {"model_tag": None, "architecture": "llama"}
+
+    info = ServiceInfo("my_service", "my_project", "mlx", model_tag="stored:1.0.0")
+    health = serving(Describing(), info).get("/health").json()
+    assert (health["model_tag"], health["architecture"]) == ("stored:1.0.0", "llama")

@@ -154,13 +154,16 @@ def test_a_batch_that_fails_is_not_the_end(recorder: Recorder) -> None:
     def run(batch: Sequence[Pending]) -> list[Any]:
         if batch[0].input_data["text"] == "crash":
             raise MemoryError("no memory")
+        if batch[0].input_data["text"] == "exit":
+            raise SystemExit(3)
         if batch[0].input_data["text"] == "short":
             return []
         return recorder(batch)
 
     batcher = Batcher(run, batch_limit=lambda: 1, max_latency_ms=0, max_waiting=9)
-    crash, short, good = (ask(batcher, text) for text in ("crash", "short", "good"))
+    crash, leave, short, good = (ask(batcher, text) for text in ("crash", "exit", "short", "good"))
     assert isinstance(crash.answer.exception(LONG_S), MemoryError)
+    assert isinstance(leave.answer.exception(LONG_S), EngineError)
     assert isinstance(short.answer.exception(LONG_S), EngineError)
     assert good.answer.result(LONG_S) == {"prediction": "good"}
     batcher.close()

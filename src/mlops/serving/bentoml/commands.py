@@ -19,6 +19,7 @@ from bentoml_cli.serve import serve_command
 from bentoml_cli.utils import BentoMLCommandGroup
 
 from mlops.errors import MLOpsError
+from mlops.hardware.blas import THREAD_VARIABLES
 
 LOCAL_HOST = "127.0.0.1"
 _ADDRESS_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
@@ -48,11 +49,13 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
         from mlops.serving.bentoml.supervision import supervised
 
         try:
+            users_own = _chosen_threads()
             service = _load(options["bento"], options["working_dir"])
             if workers is not None:
                 _override(service.name, {"workers": workers})
             options["host"] = options["host"] or _default_host(service)
-            with supervised():
+            workers = workers or _configured_workers(service)
+            with supervised(workers, _thread_environment(service, workers, users_own)):
                 run(**options)
         except MLOpsError as exc:
             raise click.ClickException(str(exc)) from exc
@@ -87,6 +90,36 @@ def _override(service_name: str, settings: dict[str, Any]) -> None:
     services = overrides.setdefault("services", {})
     services[service_name] = {**services.get(service_name, {}), **settings}
     os.environ[_OVERRIDES] = json.dumps(overrides)
+
+
+def _chosen_threads() -> set[str]:
+    return {name for name in THREAD_VARIABLES if os.environ.get(name)}
+
+
+def _configured_workers(service: Any) -> int:
+    configured = getattr(service, "config", {}).get("workers", 1)
+    if isinstance(configured, int):
+        return configured
+    from mlops.hardware import detect
+
+    return detect().cores  # BentoML's "cpu_count"
+
+
+def _thread_environment(service: Any, workers: int, users_own: set[str]) -> dict[str, str]:
+    """Each worker's share of the cores as its BLAS threads, where nobody has chosen them.
+
+    Args:
+        users_own: the thread variables that were set before the service was imported; an import of
+            MLX sets one for a process that has the machine to itself.
+    """
+    from mlops.hardware import detect
+
+    if "OPENBLAS_NUM_THREADS" not in users_own:
+        os.environ.pop("OPENBLAS_NUM_THREADS", None)
+    chosen = _chosen_threads() | {variable.name for variable in getattr(service, "envs", [])}
+    if workers == 1 or chosen & set(THREAD_VARIABLES):
+        return {}
+    return {"OPENBLAS_NUM_THREADS": str(max(1, detect().performance_cores // workers))}
 
 
 def _default_host(service: Any) -> str | None:

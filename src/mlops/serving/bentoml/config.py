@@ -71,7 +71,7 @@ class AppleSiliconOptimization(CheckedFields):
         enable_ane: let Core ML use the Neural Engine.
         thermal_aware: smaller batches while the machine reports that it is hot.
         max_batch_size: the largest batch on an Apple chip.
-        chip_type: "M1", "M2", "M3", …; None on any other machine.
+        chip_type: "M1", "M2", "M3", …; None on any other machine. A service fills it in.
     """
 
     enable_mps: bool = True
@@ -146,7 +146,8 @@ class BentoMLConfig(CheckedFields):
         enable_swagger: offer BentoML's page that describes the API.
         enable_metrics: offer `/metrics`.
         cpu_per_worker: cores that one worker computes with; None leaves it to the libraries.
-        memory_per_worker_mb: MiB that one worker needs; None leaves it open.
+        memory_per_worker_mb: MiB that one worker needs: what is reserved for it, and the most that
+            weights made float32 may take; None leaves it open.
         enable_apple_silicon_optimization: use `apple_silicon`'s memory limits, batch limit, Neural
             Engine and thermal awareness.
         apple_silicon: what of an Apple chip is used.
@@ -447,6 +448,16 @@ class BentoMLConfig(CheckedFields):
         if any(missing.values()):
             names = ", ".join(name for name, is_missing in missing.items() if is_missing)
             notes.append(f"{names}: this machine does not offer it.")
+        if (
+            self.enable_apple_silicon_optimization
+            and optimization.chip_type is None
+            and hardware.chip_type is None
+            and optimization.max_batch_size != AppleSiliconOptimization.max_batch_size
+            and optimization.max_batch_size < self.max_batch_size
+        ):
+            notes.append(
+                "apple_silicon.max_batch_size: no Apple chip is known here; use max_batch_size."
+            )
         cores = (self.cpu_per_worker or 0) * self.workers
         if cores > hardware.cores:
             notes.append(

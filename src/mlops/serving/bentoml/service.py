@@ -13,12 +13,13 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.errors import BentoMLError, ConfigError, MLOpsError, ServiceError
 from mlops.serving.bentoml import supervision
-from mlops.serving.bentoml.config import BentoMLConfig
+from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
 from mlops.serving.http import RunnerHost, ServiceInfo, Status
 from mlops.serving.http.app import PATHS, Handlers, app_of
 from mlops.serving.runner.base import Runner
@@ -33,6 +34,7 @@ MODEL_TYPES = ("mlx", "lora", "custom")
 WAITING_PER_BATCH = 8
 """Requests that may wait, in batches, before new ones are refused with 429."""
 
+_SERVED = (ModelFramework.MLX, ModelFramework.TRANSFORMERS)
 _THERMAL_SAMPLE_S = 5.0
 _OPERATION = "create_service"
 _RUNNER_METHODS = ("load_model", "predict", "predict_batch", "get_memory_usage", "unload_model")
@@ -54,7 +56,8 @@ def create_bentoml_service(
     """Make the BentoML service of one model. Assign it to a variable of your module: `svc = …`.
 
     Args:
-        model_path: a folder, a model tag or a Hugging Face id; by default the config's
+        model_path: a folder, a model tag (also with its digest, `name:version@sha256:…`) or a
+            Hugging Face id; by default the config's
             `model_path`, or else the tag of its `model_name` and `model_version`.
         service_name: by default the config's.
         project_name: by default the config's.
@@ -73,6 +76,8 @@ def create_bentoml_service(
         ConfigError: a setting holds what it may not.
     """
     settings = _settings(config, service_name, project_name)
+    if runner_class is None:
+        _check_framework(settings)
     model = str(model_path) if model_path is not None else _model_of(settings)
     tag = _find(model)
     kind = _model_type(model, tag, model_type, runner_class)
@@ -141,10 +146,27 @@ def _settings(
     names = {"service_name": service_name, "project_name": project_name}
     given: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
     if isinstance(config, BentoMLConfig):
-        return BentoMLConfig.from_dict({**config.to_dict(), **given})
-    if config is not None and not isinstance(config, Mapping):
+        settings = BentoMLConfig.from_dict({**config.to_dict(), **given})
+    elif config is None or isinstance(config, Mapping):
+        settings = BentoMLConfig.load(config, **given)
+    else:
         raise ConfigError(f"config must be a BentoMLConfig or a mapping, not {type(config)}")
-    return BentoMLConfig.load(config, **given)
+    if settings.apple_silicon.chip_type is None:
+        from mlops.hardware import detect
+
+        settings.apple_silicon = replace(settings.apple_silicon, chip_type=detect().chip_type)
+    return settings
+
+
+def _check_framework(settings: BentoMLConfig) -> None:
+    framework = ModelFramework(settings.model_framework)
+    if framework not in _SERVED:
+        raise ServiceError(
+            f"model_framework is {framework.value!r}; this version serves MLX and Transformers "
+            "language models, and other models with a runner_class",
+            _OPERATION,
+            {"model_framework": framework.value},
+        )
 
 
 def _model_of(settings: BentoMLConfig) -> str:
@@ -173,14 +195,14 @@ def _find(model: str) -> str | None:
     Raises:
         ServiceError: there is no such thing.
     """
-    from mlops.registry import ModelStore, tags
-    from mlops.registry.references import is_hub_id
+    from mlops.registry import ModelStore
+    from mlops.registry.references import is_hub_id, split_reference
 
     if Path(model).expanduser().exists():
         return None
-    if tags.is_tag(model):
+    if reference := split_reference(model):
         try:
-            return ModelStore().get(model).tag
+            return ModelStore().get(reference[0]).tag
         except MLOpsError as exc:
             raise ServiceError(str(exc), _OPERATION, {"model_path": model}) from exc
     if is_hub_id(model):
@@ -267,6 +289,7 @@ def _runner_maker(
         "enable_mps": apple.enable_mps,
         "enable_unified_memory": apple.enable_unified_memory,
         "model_type": model_type,
+        "memory_budget_bytes": _memory_budget_bytes(settings),
         **{name: value for name, value in given.items() if value},
     }
     parameters = inspect.signature(make).parameters
@@ -281,6 +304,17 @@ def _runner_maker(
             )
         arguments = {name: value for name, value in arguments.items() if name in parameters}
     return functools.partial(make, model_path, **arguments)
+
+
+def _memory_budget_bytes(settings: BentoMLConfig) -> int:
+    """What one worker may hold of weights made float32."""
+    if settings.memory_per_worker_mb is not None:
+        return settings.memory_per_worker_mb * 2**20
+    from mlops.engine.layout import MEMORY_SHARE
+    from mlops.hardware import detect
+
+    workers = supervision.planned_workers(settings.workers)
+    return int(detect().memory_bytes * MEMORY_SHARE / workers)
 
 
 def _batch_limit(settings: BentoMLConfig) -> Callable[[], int]:
@@ -370,6 +404,7 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def stop(self) -> None:
+            supervision.end_loading()
             await asyncio.to_thread(host.stop)
 
     Instance.__name__ = Instance.__qualname__ = settings.service_name

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "MLOPS_SUPERVISOR_FOLDER"
 PROCESS_VARIABLE = "MLOPS_SUPERVISOR_PID"
+WORKERS_VARIABLE = "MLOPS_SUPERVISOR_WORKERS"
+"""How many workers there are; the command line wins over the service's configuration."""
+
 MAX_DEATHS = 3
 """Workers that may die while they load before the service is given up."""
 
@@ -30,14 +33,23 @@ _REASON = "reason"
 
 
 @contextlib.contextmanager
-def supervised() -> Iterator[None]:
+def supervised(workers: int = 1, environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """Run servers in this block; raises when a worker has reported that it cannot load.
+
+    Args:
+        workers: how many workers the service has.
+        environment: more variables for the workers.
 
     Raises:
         ServiceError: with the worker's reason.
     """
     with tempfile.TemporaryDirectory(prefix="mlops-serve-") as folder:
-        variables = {FOLDER_VARIABLE: folder, PROCESS_VARIABLE: str(os.getpid())}
+        variables = {
+            **(environment or {}),
+            FOLDER_VARIABLE: folder,
+            PROCESS_VARIABLE: str(os.getpid()),
+            WORKERS_VARIABLE: str(workers),
+        }
         os.environ.update(variables)
         try:
             yield
@@ -59,8 +71,7 @@ def begin_loading(service: Service[Any]) -> bool:
     if not folder:
         return True
     logs.attach(service)
-    others = [name for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208
-    dead = [name for name in others if not _is_alive(int(name))]
+    dead = _dead_workers(folder)
     if len(dead) >= MAX_DEATHS:
         report_failure(
             ServiceError(
@@ -75,9 +86,19 @@ def begin_loading(service: Service[Any]) -> bool:
 
 
 def end_loading() -> None:
-    """Note that this worker has loaded its model."""
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        Path(folder, str(os.getpid())).unlink(missing_ok=True)
+    """Note that this worker has loaded its model, or was asked to stop.
+
+    The deaths before it count no more: what can be loaded was interrupted, or has changed since.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder and Path(folder).is_dir():  # the command may have ended first
+        for name in (str(os.getpid()), *_dead_workers(folder)):
+            Path(folder, name).unlink(missing_ok=True)
+
+
+def planned_workers(configured: int) -> int:
+    """How many workers the service has: as the command says, else as configured."""
+    return int(os.environ.get(WORKERS_VARIABLE) or configured)
 
 
 def report_failure(exc: Exception) -> None:
@@ -90,6 +111,12 @@ def report_failure(exc: Exception) -> None:
         file.write(message)
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(os.environ[PROCESS_VARIABLE]), signal.SIGTERM)
+
+
+def _dead_workers(folder: str) -> list[str]:
+    """The process ids of workers that have died while they loaded."""
+    workers = [path.name for path in Path(folder).iterdir() if path.name.isdigit()]
+    return [name for name in workers if not _is_alive(int(name))]
 
 
 def _is_alive(process_id: int) -> bool:

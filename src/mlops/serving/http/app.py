@@ -162,7 +162,9 @@ class Handlers:
         if self._facts is None and runner is not None:
             facts = await asyncio.to_thread(self.info.facts) if self.info.facts else {}
             describe_model = getattr(runner, "describe", None)
-            self._facts = {**facts, **(describe_model() if describe_model else {})}
+            of_model = describe_model() if describe_model else {}
+            known = {name: value for name, value in of_model.items() if value is not None}
+            self._facts = {**facts, **known}
         return self._facts or {}
 
 

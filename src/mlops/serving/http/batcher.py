@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlops.engine import to_exception
 from mlops.errors import EngineError, EngineShutdownError, QueueFullError
 from mlops.serving.runner.base import Prediction
 
@@ -142,8 +143,8 @@ class Batcher:
     def _answer(self, batch: list[Pending]) -> None:
         try:
             answers = self._run_batch(batch)
-        except Exception as exc:  # every request of the batch gets it
-            answers = [exc] * len(batch)
+        except BaseException as exc:  # every request of the batch gets it; this thread goes on
+            answers = [to_exception(exc)] * len(batch)
         if len(answers) != len(batch):
             wrong = EngineError(f"the runner gave {len(answers)} answers to {len(batch)} requests")
             answers = [wrong] * len(batch)

@@ -20,6 +20,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
+from mlops.engine import to_exception
 from mlops.errors import DeadlineExceededError, EngineShutdownError, MLOpsError
 from mlops.serving.http.batcher import Batcher, Pending
 from mlops.serving.runner.base import Prediction, Runner
@@ -114,8 +115,8 @@ class RunnerHost:
         try:
             runner = self._make_runner()
             runner.load_model()
-        except Exception as exc:  # kept, told, and shown by /health
-            self._fail(exc)
+        except BaseException as exc:  # kept, told, and shown by /health
+            self._fail(to_exception(exc))
             return
         with self._lock:
             if self._status is not Status.LOADING:  # stopped meanwhile

@@ -46,6 +46,8 @@ class MLXModelRunner:
         adapters: more adapters by the name that requests use; each a folder, tag or hub id.
         model_type: what predictions say they come from; `"custom"` for a subclass's own model.
         digest: what the store must say of the tag `model_path`.
+        memory_budget_bytes: the most that weights may take when they are made float32 for a CPU;
+            by default a share of the machine's memory.
 
     Raises:
         ServiceError: an adapter's name cannot be used.
@@ -61,6 +63,7 @@ class MLXModelRunner:
         adapters: Mapping[str, str | Path] | None = None,
         model_type: str = "mlx",
         digest: str | None = None,
+        memory_budget_bytes: int | None = None,
     ) -> None:
         self.model_path = model_path
         self.enable_mps = enable_mps
@@ -69,6 +72,7 @@ class MLXModelRunner:
         self.adapters = dict(adapters or {})
         self.model_type = "custom" if self._is_custom else model_type
         self.digest = digest
+        self.memory_budget_bytes = memory_budget_bytes
         self.default_adapter: str | None = None
         self.resolved: ResolvedModel | None = None
         for name in self.adapters:
@@ -155,7 +159,7 @@ class MLXModelRunner:
         if mx is None or not hasattr(mx, "get_peak_memory"):
             # Not imported, or just being imported by another thread: nothing is in use yet.
             active = cache = peak = 0
-            is_available = find_spec("mlx") is not None and find_spec("mlx.core") is not None
+            is_available = _has_mlx()
         else:
             active, cache = mx.get_active_memory(), mx.get_cache_memory()
             peak, is_available = mx.get_peak_memory(), True
@@ -197,9 +201,7 @@ class MLXModelRunner:
         """Load the model. Override it to load any other kind; return what `_mlx_predict` needs."""
         from mlops import registry
 
-        resolved = registry.resolve(
-            _plain(self.model_path), base_model=self.base_model, digest=self.digest
-        )
+        resolved = registry.resolve(self._reference, base_model=self.base_model, digest=self.digest)
         registry.verify(resolved)
         self.resolved = resolved
         adapters = self._resolve_adapters(resolved)
@@ -209,6 +211,7 @@ class MLXModelRunner:
             adapters=adapters,
             enable_mps=self.enable_mps,
             enable_unified_memory=self.enable_unified_memory,
+            memory_budget_bytes=self.memory_budget_bytes,
         )
 
     def _mlx_predict(self, input_data: Input) -> Any:
@@ -224,13 +227,14 @@ class MLXModelRunner:
         if self._held:
             return
         try:
-            if self._is_custom:
+            if self._loads_its_own:
                 self._find_files()
+                self._prepare_mlx()
             self._held.append(self._load_mlx_model())
         except MLOpsError:
             _collect()
             raise
-        except Exception as exc:
+        except BaseException as exc:  # a hook's sys.exit() too
             _collect()
             raise ServiceError(
                 f"{self.model_path} cannot be loaded: {type(exc).__name__}: {exc}",
@@ -264,9 +268,18 @@ class MLXModelRunner:
         if self.digest is not None or not Path(self.model_path).exists():
             from mlops import registry
 
-            self.resolved = registry.resolve(_plain(self.model_path), digest=self.digest)
+            self.resolved = registry.resolve(self._reference, digest=self.digest)
             registry.verify(self.resolved)
             self.model_path = self.resolved.path
+
+    def _prepare_mlx(self) -> None:
+        """What the engine does before it loads a model; a hook may import MLX at once."""
+        if _has_mlx():
+            from mlops.hardware import apply_memory_limits, ensure_blas, select_device
+
+            ensure_blas()
+            select_device(self.enable_mps)
+            apply_memory_limits(self.enable_unified_memory)
 
     def _predict_custom(self, input_data: Input) -> Prediction:
         output = to_json(self._mlx_predict(input_data))
@@ -346,12 +359,24 @@ class MLXModelRunner:
         return checkpoints
 
     @property
+    def _reference(self) -> str | Path:
+        """`model_path` as the registry takes it; the tag again where `_find_files` was before."""
+        found = self.resolved
+        if found is not None and found.tag and self.model_path == found.path:
+            return found.tag
+        return _plain(self.model_path)
+
+    @property
     def _is_custom(self) -> bool:
-        own = type(self)
-        return (
-            own._load_mlx_model is not MLXModelRunner._load_mlx_model
-            or own._mlx_predict is not MLXModelRunner._mlx_predict
-        )
+        return self._loads_its_own or type(self)._mlx_predict is not MLXModelRunner._mlx_predict
+
+    @property
+    def _loads_its_own(self) -> bool:
+        return type(self)._load_mlx_model is not MLXModelRunner._load_mlx_model
+
+
+def _has_mlx() -> bool:
+    return find_spec("mlx") is not None and find_spec("mlx.core") is not None
 
 
 def _plain(model: str | Path) -> str | Path:
@@ -380,6 +405,10 @@ def _catch(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except Exception as exc:
         return exc
+    except BaseException as exc:
+        if not engine.in_owner():  # the caller's own Ctrl-C
+            raise
+        return engine.to_exception(exc)
 
 
 def _release(held: list[Any]) -> None:
