@@ -23,6 +23,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import tags
 from mlops.registry.blobs import BlobStore, Progress, hash_file, store_failure
-from mlops.registry.manifest import FILE_NAME, Manifest, read_manifest
+from mlops.registry.manifest import FILE_NAME, Manifest, StoredFile, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +141,8 @@ class ModelStore:
         """
         with self.writing():
             try:
-                stored = tuple(
-                    sorted(self.blobs.add(path, relative, progress) for relative, path in files)
-                )
                 manifest = Manifest(
-                    stored,
+                    self._store_files(files, progress),
                     kind,
                     framework,
                     base_digest=base.digest if base else None,
@@ -221,8 +219,13 @@ class ModelStore:
             path = entry.path / file.path
             if path.is_symlink() or not path.is_file():
                 raise fail(f"{file.path} is missing", file=file.path)
-            if path.stat().st_size != file.size or hash_file(path) != file.sha256:
+            if path.stat().st_size != file.size:
                 raise fail(f"{file.path} has changed since it was stored", file=file.path)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            paths = [entry.path / file.path for file in manifest.files]
+            for file, sha256 in zip(manifest.files, pool.map(hash_file, paths), strict=True):
+                if sha256 != file.sha256:
+                    raise fail(f"{file.path} has changed since it was stored", file=file.path)
         for path in _strays(replace(entry, manifest=manifest)):
             relative = path.relative_to(entry.path).as_posix()
             raise fail(f"{relative} was added after it was stored", file=relative)
@@ -257,6 +260,20 @@ class ModelStore:
     def _sweep(self) -> None:
         shutil.rmtree(self.private / "staging", ignore_errors=True)
         self.blobs.sweep()
+
+    def _store_files(
+        self, files: Iterable[tuple[str, Path]], progress: Progress | None
+    ) -> tuple[StoredFile, ...]:
+        """Make blobs of files, several at a time: hashing one keeps one core busy."""
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            adding = [
+                pool.submit(self.blobs.add, path, relative, progress) for relative, path in files
+            ]
+            try:
+                return tuple(sorted(one.result() for one in adding))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _create(
         self,
