@@ -19,7 +19,7 @@ def list_models(
     project: Annotated[str | None, typer.Option(help="Only this project's models.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List every model, with its project, kind, size and digest."""
+    """List every model, with its project, kind, base and size."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -38,8 +38,10 @@ def list_models(
         typer.echo("no models yet; `mlops package FOLDER` stores one")
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("tag", "project", "kind", "base", "size", "digest"):
-        table.add_column(heading, justify="right" if heading == "size" else "left")
+    table.add_column("tag", no_wrap=True)  # to be copied
+    for heading in ("project", "kind", "base"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
     for entry in entries:
         cells = (
             entry.tag,
@@ -47,7 +49,6 @@ def list_models(
             entry.manifest.kind,
             entry.manifest.base_tag or "",
             f"{entry.manifest.size / 2**20:.1f} MB",
-            entry.digest[:19],
         )
         table.add_row(*map(Text, cells))  # not markup: a label may hold brackets
     Console().print(table)
