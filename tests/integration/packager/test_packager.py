@@ -383,6 +383,10 @@ def test_stored_adapter_over_another_base_is_refused(
     tone = package_model(adapter, "tone", build_bento=False)["model_tag"]
     with pytest.raises(PackagingError, match="was packaged for another base model"):
         package_model(other, "other", adapters={"tone": tone})
+    assert "other" not in {entry.name for entry in ModelStore().list()}
+    with pytest.raises(PackagingError, match="not an adapter"):
+        package_model(other, "other", adapters={"tone": other})
+    assert "other" not in {entry.name for entry in ModelStore().list()}
 
 
 def test_reference_with_a_digest_is_that_content_and_no_other(

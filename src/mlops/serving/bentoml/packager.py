@@ -218,6 +218,8 @@ class ModelPackager:
         resolved = self._resolve()
         self._check_framework(resolved.checkpoint)
         files = self.collect_model_files()
+        for source in self.config.adapters.values():
+            _resolve_adapter(source, resolved.tag or resolved.path)
         self._base = self._store_base(resolved, progress) if resolved.base else None
         for old, new in self.renamed.items():
             logger.warning("%r is no part of a tag; stored as %r", old, new)
@@ -411,14 +413,7 @@ class ModelPackager:
 
     def _store_adapter(self, name: str, source: str | Path, model: StoredModel) -> StoredModel:
         """The store's entry for one of `config.adapters`, with `model` as its base."""
-        adapter = references.resolve(source, base_model=model.tag)
-        if not adapter.is_adapter:
-            raise PackagingError(
-                f"adapters[{name!r}] is {adapter.checkpoint.description}, not an adapter",
-                "create_bento_model",
-                {"path": str(source)},
-            )
-        _check_adapter(adapter)
+        adapter = _resolve_adapter(source, model.tag)
         if adapter.tag is not None:
             return ModelStore().get(adapter.tag)
         return ModelStore().save(
@@ -435,10 +430,13 @@ class ModelPackager:
 
 def _is_text(value: object) -> bool:
     """True for a string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and bool(value.encode() or True)
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _check_copy(folder: Path, original: Checkpoint) -> None:
@@ -451,6 +449,13 @@ def _check_copy(folder: Path, original: Checkpoint) -> None:
             "create_bento_model",
             {"path": str(original.path)},
         )
+
+
+def _resolve_adapter(source: str | Path, base: str | Path) -> ResolvedModel:
+    """Find one of `config.adapters` and check that it belongs to `base`."""
+    adapter = references.resolve(source, base_model=base)
+    _check_adapter(adapter)
+    return adapter
 
 
 def _check_adapter(adapter: ResolvedModel) -> None:
