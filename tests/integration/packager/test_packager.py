@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -538,3 +540,25 @@ def test_onnx_model_is_stored_but_not_served(bentoml_home: Path, tmp_path: Path)
         package_model(tmp_path / "net.onnx", "net")
     result = package_model(tmp_path / "net.onnx", "net", build_bento=False)
     assert resolve(result["model_tag"]).checkpoint.framework == "onnx"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes the network away as Linux can")
+def test_building_works_without_a_network(
+    bentoml_home: Path, adapter: Path, tmp_path: Path
+) -> None:
+    alone = ["unshare", "--user", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("reason: this machine lets nobody take the network from a process")
+    script = (
+        "from mlops.serving.bentoml.packager import package_model\n"
+        f"print(package_model({str(adapter)!r}, 'tone')['bento_tag'])\n"
+    )
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert bentoml.bentos.get(done.stdout.strip()).info.all_models
