@@ -68,7 +68,7 @@ def test_block(block: Block, session_of: Callable[[Path], DocumentSession]) -> N
         if session.last_line < earlier.line < block.line:
             session.run(earlier)
     if skipped := session.run(block):
-        pytest.skip(skipped)
+        pytest.skip(reason=skipped)
 
 
 @pytest.mark.parametrize(

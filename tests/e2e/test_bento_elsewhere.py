@@ -10,10 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving_process import BENTOML, ServingProcess
 
 from mlops.registry import ModelStore
 from mlops.serving.bentoml.packager import package_model
-from servers import serving
 from tiny_models import write_language_model, write_lora_adapter
 
 
@@ -64,7 +64,9 @@ def test_bento_serves_without_the_source(
         cwd=empty,
     )
     assert str(elsewhere.parent) in located.stdout
-    with serving(result["bento_tag"], cwd=empty, home=bentoml_home, bin_folder=elsewhere) as server:
+    command = [str(elsewhere / "python"), "-m", "bentoml", "serve", result["bento_tag"]]
+    with ServingProcess(command, empty, bentoml_home) as server:
+        server.wait_until_ready()
         health = httpx.get(f"{server.url}/health").json()
         assert health["model_tag"] == result["model_tag"]
         assert health["digest"] == result["model_digest"]
@@ -87,6 +89,6 @@ def test_bento_with_a_flipped_byte_is_not_served(bentoml_home: Path, tmp_path: P
     data[-1] ^= 1
     weights.chmod(0o644)
     weights.write_bytes(data)
-    with serving(result["bento_tag"], cwd=tmp_path, home=bentoml_home, ready=False) as server:
-        assert server.process.wait(120) != 0
-    assert "model.safetensors has changed since it was stored" in server.output()
+    with ServingProcess([*BENTOML, "serve", result["bento_tag"]], tmp_path, bentoml_home) as server:
+        assert server.wait() != 0
+    assert "model.safetensors has changed since it was stored" in server.told()

@@ -56,7 +56,7 @@ class HardwareInfo:
     ane_available: bool
     """Core ML can use the Apple Neural Engine here."""
     thermal_state: ThermalState
-    """As it was at the time of detection; ask `thermal_state()` for now."""
+    """As it was at the time of detection; `thermal_state()` says how it is at the moment."""
 
 
 def detect(probes: Probes | None = None) -> HardwareInfo:

@@ -221,7 +221,7 @@ class ModelStore:
                 raise fail(f"{file.path} is missing", file=file.path)
             if path.stat().st_size != file.size:
                 raise fail(f"{file.path} has changed since it was stored", file=file.path)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with _hashers() as pool:
             paths = [entry.path / file.path for file in manifest.files]
             for file, sha256 in zip(manifest.files, pool.map(hash_file, paths), strict=True):
                 if sha256 != file.sha256:
@@ -264,8 +264,8 @@ class ModelStore:
     def _store_files(
         self, files: Iterable[tuple[str, Path]], progress: Progress | None
     ) -> tuple[StoredFile, ...]:
-        """Make blobs of files, several at a time: hashing one keeps one core busy."""
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        """Make blobs of files, several at a time."""
+        with _hashers() as pool:
             adding = [
                 pool.submit(self.blobs.add, path, relative, progress) for relative, path in files
             ]
@@ -380,6 +380,11 @@ class ModelStore:
                 return version
         made = [path for path in folder.glob("*/model.yaml") if path.is_file()]
         return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
+
+
+def _hashers() -> ThreadPoolExecutor:
+    """Threads to hash files side by side: one keeps one core busy."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
 
 
 def _strays(entry: StoredModel) -> list[Path]:

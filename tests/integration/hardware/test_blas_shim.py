@@ -115,7 +115,7 @@ def test_every_symbol_that_mlx_takes_from_a_blas_is_in_the_shim() -> None:
     nm = shutil.which("nm")
     mlx = find_spec("mlx")
     if nm is None or mlx is None or not mlx.submodule_search_locations:
-        pytest.skip("needs nm")
+        pytest.skip(reason="needs nm")
     library = Path(mlx.submodule_search_locations[0]) / "lib" / "libmlx.so"
     listing = subprocess.run(
         [nm, "-D", "--undefined-only", library], capture_output=True, text=True, check=True
@@ -131,7 +131,7 @@ def test_every_symbol_that_mlx_takes_from_a_blas_is_in_the_shim() -> None:
 def test_the_shim_is_compiled_once_and_kept_private(cache: Path) -> None:
     first = answer(PRINT_STATUS, XDG_CACHE_HOME=str(cache))[0][0]
     if first["source"] != "scipy-openblas32":
-        pytest.skip("a system OpenBLAS comes first here")
+        pytest.skip(reason="a system OpenBLAS comes first here")
     path = Path(first["path"])
     made = path.stat().st_mtime_ns
 
@@ -169,7 +169,7 @@ def test_without_a_compiler_a_warning_names_the_fix_and_the_slow_down(cache: Pat
     environment = {"XDG_CACHE_HOME": str(cache), "PATH": "/nonexistent"}
     status, caught = answer(PRINT_STATUS, **environment)[0]
     if status["source"] == "system":
-        pytest.skip("a system OpenBLAS needs no compiler")
+        pytest.skip(reason="a system OpenBLAS needs no compiler")
 
     assert (status["optimized"], status["source"]) == (False, "reference")
     assert len(caught) == 1
@@ -192,7 +192,7 @@ def test_importing_mlx_too_early_is_said() -> None:
 def test_a_cache_that_others_can_write_is_refused(cache: Path, mode: int) -> None:
     status = answer(PRINT_STATUS, XDG_CACHE_HOME=str(cache))[0][0]
     if status["source"] != "scipy-openblas32":
-        pytest.skip("a system OpenBLAS comes first here")
+        pytest.skip(reason="a system OpenBLAS comes first here")
     Path(status["path"]).parent.chmod(mode)
 
     status, caught = answer(PRINT_STATUS, XDG_CACHE_HOME=str(cache))[0]
@@ -205,7 +205,7 @@ def test_a_cache_that_others_can_write_is_refused(cache: Path, mode: int) -> Non
 def test_a_shim_that_is_a_link_is_refused(cache: Path, tmp_path: Path) -> None:
     path = Path(answer(PRINT_STATUS, XDG_CACHE_HOME=str(cache))[0][0]["path"])
     if cache not in path.parents:
-        pytest.skip("a system OpenBLAS comes first here")
+        pytest.skip(reason="a system OpenBLAS comes first here")
     path.rename(tmp_path / "elsewhere.so")
     path.symlink_to(tmp_path / "elsewhere.so")
 
@@ -219,7 +219,7 @@ def test_a_shim_that_is_a_link_is_refused(cache: Path, tmp_path: Path) -> None:
 def test_a_shim_that_was_damaged_is_built_again(cache: Path) -> None:
     first, _ = answer(PRINT_STATUS, XDG_CACHE_HOME=str(cache))[0]
     if first["source"] != "scipy-openblas32":
-        pytest.skip("a system OpenBLAS comes first here")
+        pytest.skip(reason="a system OpenBLAS comes first here")
     Path(first["path"]).write_bytes(b"half a library")
 
     assert answer(PRINT_STATUS + CHECK_RESULTS, XDG_CACHE_HOME=str(cache))[0] == [first, []]
@@ -229,7 +229,7 @@ def test_a_cache_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     status, _ = answer(PRINT_STATUS, XDG_CACHE_HOME=str(tmp_path / "file" / "x"))[0]
     if status["source"] == "system":
-        pytest.skip("a system OpenBLAS needs no cache")
+        pytest.skip(reason="a system OpenBLAS needs no cache")
 
     assert status["optimized"] is False
     assert "XDG_CACHE_HOME" in status["fix"]
@@ -239,7 +239,7 @@ def build_library(path: Path, code: str) -> str:
     """A shared library in C at `path`, for the tests of what else may be on a machine."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("needs a C compiler")
+        pytest.skip(reason="needs a C compiler")
     path.parent.mkdir(exist_ok=True)
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path, "-ldl"],
@@ -256,7 +256,7 @@ def test_a_system_openblas_comes_first_unless_its_integers_are_64_bit(
 ) -> None:
     package = find_spec("scipy_openblas32")
     if package is None or not package.submodule_search_locations:
-        pytest.skip("needs scipy-openblas32 to stand behind the system's")
+        pytest.skip(reason="needs scipy-openblas32 to stand behind the system's")
     library = Path(package.submodule_search_locations[0]) / "lib" / "libscipy_openblas.so"
     code = (
         f'#define OPENBLAS "{library}"\n'

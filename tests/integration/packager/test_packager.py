@@ -548,7 +548,7 @@ def test_building_works_without_a_network(
 ) -> None:
     alone = ["unshare", "--user", "--map-root-user", "--net"]
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("reason: this machine lets nobody take the network from a process")
+        pytest.skip(reason="this machine lets nobody take the network from a process")
     script = (
         "from mlops.serving.bentoml.packager import package_model\n"
         f"print(package_model({str(adapter)!r}, 'tone')['bento_tag'])\n"

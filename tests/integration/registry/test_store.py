@@ -258,7 +258,7 @@ def test_disk_full(tmp_path: Path) -> None:
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=1m none {small}"
     if subprocess.run([*command, mount], capture_output=True, check=False).returncode != 0:
-        pytest.skip("reason: this machine lets nobody mount a small file system to fill")
+        pytest.skip(reason="this machine lets nobody mount a small file system to fill")
     done = subprocess.run(
         [*command, f"{mount} && BENTOML_HOME={small} exec {sys.executable} {script}"],
         capture_output=True,
