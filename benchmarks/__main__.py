@@ -13,7 +13,7 @@ import sys
 
 from benchmarks.report import HEADER, Figure, write_json
 
-NAMES = ("packaging", "blas", "health")
+NAMES = ("packaging", "blas", "health", "engine", "serving")
 
 
 def main() -> int:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import httpx
 
 from benchmarks.report import Figure
+from benchmarks.servers import mlops_server
 
 NUM_CLIENTS = 8
 NUM_SAMPLES = 300
@@ -25,8 +20,12 @@ NUM_SAMPLES = 300
 
 def run(runs: int) -> list[Figure]:
     """Serve the demo's base model and ask it from eight threads while probing `/health`."""
-    with tempfile.TemporaryDirectory(prefix="mlops-bench-") as folder, _served(Path(folder)) as url:
-        measured = [_probe_while_generating(url) for _ in range(runs)]
+    model = str(files("mlops.demo") / "base_model")
+    with (
+        tempfile.TemporaryDirectory(prefix="mlops-bench-") as folder,
+        mlops_server(Path(folder), model, max_batch_size=NUM_CLIENTS) as port,
+    ):
+        measured = [_probe_while_generating(f"http://127.0.0.1:{port}") for _ in range(runs)]
     return [
         Figure(
             "/health p99 while 8 generations run",
@@ -63,38 +62,3 @@ def _probe_while_generating(url: str) -> list[float]:
     for client in clients:
         client.join()
     return sorted(latencies)
-
-
-@contextlib.contextmanager
-def _served(folder: Path) -> Iterator[str]:
-    model = str(files("mlops.demo") / "base_model")
-    (folder / "service.py").write_text(
-        "from mlops.serving.bentoml.service import create_bentoml_service\n"
-        f"svc = create_bentoml_service({model!r}, 'bench', config={{'max_batch_size': 8}})\n"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "1"}
-    command = [sys.executable, "-m", "bentoml", "serve", "service:svc", "--port", str(port)]
-    server = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not _is_ready(url):
-            if time.monotonic() > deadline or server.poll() is not None:
-                raise SystemExit("health: the service did not come up")
-            time.sleep(0.2)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -23,6 +23,7 @@ class Figure:
         peer: what it is held against, or the unit when there is no peer.
         samples: one value a run.
         floor: what the value must reach (`at_least`) or must not pass.
+        aim: what it is hoped to reach; no verdict hangs on it.
         raw: the measurements behind the samples, for the JSON.
     """
 
@@ -32,6 +33,7 @@ class Figure:
     floor: float | None = None
     at_least: bool = True
     raw: dict[str, list[float]] = field(default_factory=dict)
+    aim: float | None = None
 
     @property
     def median(self) -> float:
@@ -51,6 +53,8 @@ class Figure:
         spread = f"{min(self.samples):.3g} to {max(self.samples):.3g}"
         sign = "≥" if self.at_least else "≤"
         floor = "" if self.floor is None else f"{sign} {self.floor:g}"
+        if self.aim is not None:
+            floor += f" (aim {self.aim:g})"
         return (
             f"| {self.name} | {self.peer} | {self.median:.3g} | {spread} | {floor} "
             f"| {self.verdict} |"

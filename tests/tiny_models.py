@@ -40,7 +40,8 @@ def write_language_model(
 
     Args:
         architecture: a `model_type` that mlx-lm has: llama, qwen2, qwen3, gemma2, gemma3_text,
-            mixtral, phi3, gpt2.
+            mixtral, olmoe, qwen3_moe, phi3, seed_oss, gpt2; sliding windows of 8 tokens:
+            gemma3_text; state-space and hybrid: mamba2, lfm2, qwen3_next.
         hidden: hidden size, a multiple of 32.
         vocab: rows of the embedding; by default as many as the tokenizer has tokens.
         quantize_bits: quantize with groups of 32.
@@ -309,9 +310,66 @@ def _config(
     }
     if architecture == "mixtral":
         config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if architecture == "olmoe":
+        config |= {"num_experts": 4, "num_experts_per_tok": 2}
     if architecture.startswith("gemma3"):
         config |= {"query_pre_attn_scalar": hidden // 2, "sliding_window_pattern": 2}
-    return config
+        config |= {"sliding_window": 8}
+    return config | _further_fields(architecture, hidden)
+
+
+def _further_fields(architecture: str, hidden: int) -> dict[str, Any]:
+    if architecture == "qwen3_moe":
+        return {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": hidden,
+            "norm_topk_prob": True,
+        }
+    if architecture == "mamba2":
+        return {
+            "num_heads": 4,
+            "head_dim": hidden // 2,
+            "intermediate_size": 2 * hidden,
+            "state_size": 16,
+            "layer_norm_epsilon": 1e-5,
+            "conv_kernel": 4,
+            "n_groups": 1,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "time_step_limit": [0.0, 100.0],
+            "time_step_rank": "auto",
+        }
+    if architecture == "lfm2":
+        return {
+            "norm_eps": 1e-5,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_dim": hidden,
+            "block_multiple_of": 16,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["conv", "full_attention"],
+        }
+    if architecture == "qwen3_next":
+        return {
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": hidden,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": hidden,
+            "partial_rotary_factor": 0.5,
+            "full_attention_interval": 2,
+        }
+    return {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,17 +1,26 @@
-"""MLX text generation: one model, many adapters, one request or a static batch at a time.
+"""MLX text generation: many requests, many adapters, one batch.
 
-    owner       the one thread that touches MLX
-    request     what may be asked, checked without MLX
-    loading     checkpoint -> model in memory (layout: as the device likes the weights;
-                batching: whether requests can share a forward pass)
-    adapters    adapters in memory, put into the model for the time of a generation (layers)
-    prompts     text or messages -> token ids
-    generation  token ids -> text (sampling, stops)
+    request (fields)   what may be asked, checked without MLX
+    prompts            text or messages -> token ids
+    core (config)      the engine: from a request to its result, step by step
+    scheduler          who goes next; sequence: one generation under way
+    prefill, rows      prompts into caches; the decode batch
+    kv, prefix         what attention remembers, of rows and of earlier requests
+    residency          which adapters are in memory; banks, layers: their tensors, used by row
+    sampling, text     logits -> tokens -> text
+    statistics         what it has done
+    loading            checkpoint -> model in memory (layout, cpu: as the device likes it;
+                       batching: whether requests can share a forward pass)
+    owner              the one thread that touches MLX
 
 It knows no web framework, store or tracker.
 """
 
-from mlops.engine.generation import GenerationResult, generate
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlops.engine.config import EngineConfig
 from mlops.engine.loading import LoadedModel, load_model
 from mlops.engine.owner import in_owner, run_in_owner, submit_to_owner, to_exception
 from mlops.engine.prompts import to_generation_request
@@ -21,21 +30,43 @@ from mlops.engine.request import (
     Sampling,
     TextRequest,
     parse_request,
+    split_choices,
 )
+from mlops.engine.sequence import Generation, GenerationEvent, GenerationResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from mlops.engine.core import Engine
 
 __all__ = [
     "BASE_NAME",
+    "Engine",
+    "EngineConfig",
+    "Generation",
+    "GenerationEvent",
     "GenerationRequest",
     "GenerationResult",
     "LoadedModel",
     "Sampling",
     "TextRequest",
-    "generate",
+    "TokenLogprobs",
     "in_owner",
     "load_model",
     "parse_request",
     "run_in_owner",
+    "split_choices",
     "submit_to_owner",
     "to_exception",
     "to_generation_request",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Engine` imports MLX, and the BLAS must be there before that."""
+    if name == "Engine":
+        from mlops.hardware import ensure_blas
+
+        ensure_blas()
+        from mlops.engine.core import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -128,7 +128,7 @@ class ResidentAdapters:
         return self._swaps[name]
 
     def _read(self, path: Path, info: AdapterInfo) -> list[_Swap]:
-        from mlops.engine.layers import wrap_layer
+        from mlops.engine.adapted_layers import wrap_layer
 
         tensors = _load_tensors(info)
         swaps = []
@@ -174,7 +174,7 @@ def _take(tensors: Mapping[Path, dict[str, mx.array]], module: AdapterModule) ->
     """Take one module's tensors out of those of its file."""
     import mlx.core as mx
 
-    from mlops.engine.layers import AdapterTensors
+    from mlops.engine.adapted_layers import AdapterTensors
 
     of_file = tensors[module.file]
     a = of_file.pop(module.key_a).astype(mx.float32)

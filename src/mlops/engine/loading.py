@@ -1,6 +1,6 @@
 """From checkpoints on disk to a model in memory, ready to generate.
 
-    choose the device -> build the model -> lay out its weights -> tokenizer -> adapters -> batching
+    choose the device -> build the model -> lay out its weights -> tokenizer -> try it out
 
 Everything here runs in the owner thread.
 """
@@ -11,12 +11,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
-from mlops.engine.adapters import ResidentAdapters
-from mlops.engine.batching import can_batch
+from mlops.engine.batching import Trial, try_out
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.errors import ServiceError
@@ -24,9 +22,9 @@ from mlops.errors import ServiceError
 if TYPE_CHECKING:
     from mlx import nn
 
-logger = logging.getLogger(__name__)
+    from mlops.engine.banks import AdapterBanks
 
-NO_ADAPTERS: Mapping[str, Checkpoint] = MappingProxyType({})
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,7 +37,9 @@ class LoadedModel:
         config: `config.json` as mlx-lm reads it.
         device: `"gpu"` or `"cpu"`.
         layout: how the weights are held, in words: "float32 (dequantized from 4-bit)".
-        can_batch: whether several requests can share a forward pass.
+        banks: where its adapters' tensors are.
+        trial: what it showed when it computed for the first time.
+        digest: of the files; None when nobody has computed it.
     """
 
     checkpoint: Checkpoint
@@ -48,8 +48,14 @@ class LoadedModel:
     config: Mapping[str, Any]
     device: str
     layout: str
-    adapters: ResidentAdapters
-    can_batch: bool
+    banks: AdapterBanks
+    trial: Trial
+    digest: str | None = None
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether several requests can share a forward pass."""
+        return self.trial.can_batch
 
     @property
     def architecture(self) -> str | None:
@@ -79,37 +85,36 @@ class LoadedModel:
 def load_model(
     path: str | Path | Checkpoint,
     *,
-    adapters: Mapping[str, Checkpoint] = NO_ADAPTERS,
     enable_mps: bool = True,
     enable_unified_memory: bool = True,
     memory_budget_bytes: int | None = None,
+    digest: str | None = None,
 ) -> LoadedModel:
-    """Load a language model and its adapters.
+    """Load a language model.
 
     Args:
         path: the model's folder, or what `recognise` said of it.
-        adapters: by the name that requests use.
         enable_mps: compute on Metal (or CUDA) where there is one.
         enable_unified_memory: set MLX's memory limits for this machine.
         memory_budget_bytes: the most that weights may take when they are made float32 for a CPU;
             by default a share of the machine's memory.
+        digest: of the files, where it is known; kept beside the model.
 
     Raises:
-        PackagingError: it is not a model or an adapter that can be used.
+        PackagingError: there is nothing at `path` that can be read.
         ServiceError: mlx-lm cannot load it, or there is no tokenizer.
     """
-    return run_in_owner(
-        _load, path, adapters, enable_mps, enable_unified_memory, memory_budget_bytes
-    )
+    return run_in_owner(_load, path, enable_mps, enable_unified_memory, memory_budget_bytes, digest)
 
 
 def _load(
     path: str | Path | Checkpoint,
-    adapters: Mapping[str, Checkpoint],
     enable_mps: bool,
     enable_unified_memory: bool,
     memory_budget_bytes: int | None,
+    digest: str | None,
 ) -> LoadedModel:
+    from mlops.engine.banks import AdapterBanks
     from mlops.hardware import apply_memory_limits, ensure_blas, select_device
 
     checkpoint = path if isinstance(path, Checkpoint) else recognise(path)
@@ -127,6 +132,10 @@ def _load(
     model, config = _load_weights(checkpoint)
     check_stopping()
     layout = lay_out(model, checkpoint, device, memory_budget_bytes)
+    if device == "cpu" and layout.startswith("float32"):
+        from mlops.engine.cpu import use_cpu_layers
+
+        use_cpu_layers(model)
     check_stopping()
     loaded = LoadedModel(
         checkpoint=checkpoint,
@@ -135,15 +144,11 @@ def _load(
         config=config,
         device=device,
         layout=layout,
-        adapters=ResidentAdapters(model, checkpoint),
-        can_batch=_try_out(checkpoint, model),
+        banks=AdapterBanks(model, checkpoint, device),
+        trial=_try_out(checkpoint, model),
+        digest=digest,
     )
-    for name, adapter in adapters.items():
-        check_stopping()
-        loaded.adapters.load(name, adapter)
-    logger.info(
-        "loaded %s on the %s: %s, %d adapters", checkpoint.path, device, layout, len(adapters)
-    )
+    logger.info("loaded %s on the %s: %s", checkpoint.path, device, layout)
     return loaded
 
 
@@ -186,19 +191,19 @@ def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
         ) from exc
 
 
-def _try_out(checkpoint: Checkpoint, model: nn.Module) -> bool:
-    """Compute something with the model, before anybody asks; says whether it can batch."""
+def _try_out(checkpoint: Checkpoint, model: nn.Module) -> Trial:
+    """Compute something with the model, before anybody asks."""
     try:
-        is_batched = can_batch(model)
+        trial = try_out(model)
     except Exception as exc:
         raise ServiceError(
             f"{checkpoint.path} was loaded and cannot compute: {exc}",
             "load_model",
             {"path": str(checkpoint.path), "architecture": checkpoint.architecture},
         ) from exc
-    if not is_batched:
+    if not trial.can_batch:
         logger.warning(
             "mlx-lm cannot batch %s models like this one: requests run one after the other",
             checkpoint.architecture,
         )
-    return is_batched
+    return trial

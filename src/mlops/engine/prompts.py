@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from mlops.engine.loading import LoadedModel
 from mlops.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest, TextRequest
 from mlops.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from mlops.engine.loading import LoadedModel
 
 
 def to_generation_request(
@@ -15,24 +17,25 @@ def to_generation_request(
     request: TextRequest,
     *,
     adapter: str | None,
-    is_cancelled: Callable[[], bool] | None = None,
     deadline_s: float | None = None,
+    cache_salt: str = "",
 ) -> GenerationRequest:
     """Build the prompt's token ids and check them against the model's limits.
 
+    Any thread may call it: it uses the tokenizer and the configuration, not the model's arrays.
+
     Raises:
-        InvalidRequestError: the prompt and the answer do not fit the model's context, or the
-            model's chat template refuses the messages.
+        InvalidRequestError: the prompt and the answer do not fit the model's context, a token id
+            is not one of the model's, or its chat template refuses the messages.
     """
     prompt = _tokenize(loaded.tokenizer, request)
     source = request.source
     if not prompt:
         raise InvalidRequestError(f"{source} has no tokens; give some text", source)
     size = loaded.vocabulary_size
-    if size is not None and max(prompt) >= size:
-        raise InvalidRequestError(
-            f"{source} has a token that the model does not know ({max(prompt)} of {size})", source
-        )
+    _check_known(source, prompt, size)
+    _check_known("stop_token_ids", request.stop_token_ids, size)
+    _check_known("logit_bias", (token for token, _bias in request.sampling.logit_bias), size)
     max_tokens = request.max_tokens or DEFAULT_MAX_TOKENS
     context = loaded.context_tokens
     if context is not None:
@@ -57,12 +60,26 @@ def to_generation_request(
         sampling=request.sampling,
         stop=request.stop,
         adapter=adapter,
-        is_cancelled=is_cancelled,
         deadline_s=deadline_s,
+        stop_token_ids=request.stop_token_ids,
+        ignore_eos=request.ignore_eos,
+        logprobs=request.logprobs,
+        cache_salt=cache_salt,
     )
 
 
+def _check_known(name: str, tokens: Iterable[int], vocabulary_size: int | None) -> None:
+    largest = max(tokens, default=0)
+    if vocabulary_size is not None and largest >= vocabulary_size:
+        raise InvalidRequestError(
+            f"{name} has a token that the model does not know ({largest} of {vocabulary_size})",
+            name,
+        )
+
+
 def _tokenize(tokenizer: Any, request: TextRequest) -> tuple[int, ...]:
+    if request.token_ids is not None:
+        return request.token_ids
     if request.messages and tokenizer.has_chat_template:
         try:
             return tuple(

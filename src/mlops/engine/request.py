@@ -7,19 +7,57 @@ Nothing here imports MLX, so a bad request is refused in microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlops.engine.fields import (
+    MAX_PROMPT_TOKENS,
+    MAX_STOP_TOKENS,
+    check_flag,
+    check_integer,
+    check_logit_bias,
+    check_number,
+    check_positive_number,
+    check_stop,
+    check_token_ids,
+    invalid,
+    is_encodable,
+    read_logit_bias,
+    show,
+)
 from mlops.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 256
 MAX_TEMPERATURE = 10.0
+MAX_REPETITION_PENALTY = 10.0
 MAX_SEED = 2**63 - 1
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 20
+MAX_CHOICES = 16
 MAX_MESSAGES = 1024
 PROMPT_FIELDS = ("text", "input", "prompt", "messages")
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
+FIELDS = (
+    *PROMPT_FIELDS,
+    "max_tokens",
+    *SAMPLING_FIELDS,
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "logprobs",
+    "n",
+    "adapter",
+)
 ROLES = ("system", "user", "assistant", "tool", "developer")
 BASE_NAME = "base"
 """As the value of `adapter`: the base model, without an adapter."""
@@ -35,6 +73,10 @@ class Sampling:
         top_k: keep so many of the most likely tokens; 0 keeps all.
         min_p: keep tokens at least this share as likely as the most likely one.
         seed: the same seed draws the same tokens; None draws new ones each time.
+        repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
+        presence_penalty: subtracted from the logit of every token that the answer has.
+        frequency_penalty: subtracted as often as the answer has the token.
+        logit_bias: pairs of a token id and what is added to its logit.
 
     Raises:
         InvalidRequestError: a field is out of its range.
@@ -45,16 +87,22 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, MAX_TEMPERATURE)
-        _check_number("top_p", self.top_p, 0, 1)
-        if self.top_p == 0:
-            raise _invalid("top_p", self.top_p, "a number above 0, at most 1")
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_integer("top_k", self.top_k, 0)
+        check_number("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        check_positive_number("top_p", self.top_p, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_integer("top_k", self.top_k, 0)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, MAX_SEED)
+            check_integer("seed", self.seed, 0, MAX_SEED)
+        check_positive_number("repetition_penalty", self.repetition_penalty, MAX_REPETITION_PENALTY)
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_logit_bias(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -63,10 +111,13 @@ class TextRequest:
 
     Attributes:
         source: the field that brought the prompt: `text`, `input`, `prompt` or `messages`.
-        text: the prompt's text; "" when `source` is `messages`.
+        text: the prompt's text; "" when `source` is `messages`, or a `prompt` of token ids.
         messages: the conversation, each with `role` and `content`; one user message for `text`
             and `input`, none for a raw `prompt`.
+        token_ids: a `prompt` that came as token ids; else None.
         max_tokens: None lets the default and the model's context decide.
+        stop, stop_token_ids, ignore_eos, logprobs: as in `GenerationRequest`.
+        n: so many answers to the same prompt (`split_choices`).
         names_adapter: whether the request has the field `adapter` at all.
         adapter: the adapter's name; None is the base model.
     """
@@ -74,9 +125,14 @@ class TextRequest:
     source: str
     text: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
+    token_ids: tuple[int, ...] | None = None
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
     names_adapter: bool = False
     adapter: str | None = None
 
@@ -90,8 +146,12 @@ class GenerationRequest:
         max_tokens: the most tokens to generate.
         stop: generation ends before the first of these texts.
         adapter: name of a resident adapter; None is the base model.
-        is_cancelled: asked at every step; once it says True, generation ends.
         deadline_s: `time.monotonic()` at which the request's time is over.
+        stop_token_ids: generation ends at the first of these tokens.
+        ignore_eos: the model's own end tokens do not end generation.
+        logprobs: None asks for no log-probabilities; otherwise every token comes with its own and
+            those of so many of the likeliest tokens.
+        cache_salt: requests with different salts never share cached prefixes.
 
     Raises:
         InvalidRequestError: a field is out of its range.
@@ -102,14 +162,35 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     adapter: str | None = None
-    is_cancelled: Callable[[], bool] | None = None
     deadline_s: float | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InvalidRequestError("the prompt has no tokens; give some text", "prompt")
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_stop(self.stop)
+        check_integer("max_tokens", self.max_tokens, 1)
+        check_stop(self.stop)
+        check_token_ids("stop_token_ids", self.stop_token_ids, 0, MAX_STOP_TOKENS)
+        check_flag("ignore_eos", self.ignore_eos)
+        if self.logprobs is not None:
+            check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+def split_choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """The `n` generations of a request for `n` answers.
+
+    Each has a seed of its own, the first the request's; without a seed all draw at random.
+    """
+    seed = request.sampling.seed
+    if seed is None:
+        return [request] * n
+    return [
+        replace(request, sampling=replace(request.sampling, seed=(seed + i) % (MAX_SEED + 1)))
+        for i in range(n)
+    ]
 
 
 def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
@@ -117,8 +198,7 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
 
     Args:
         data: the text itself, or a mapping with exactly one of `text`, `input`, `prompt` and
-            `messages`, and any of `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`,
-            `stop` and `adapter`.
+            `messages`, and any other of `FIELDS`. `prompt` may be a list of token ids.
 
     Raises:
         InvalidRequestError: names the field, its value and what is allowed.
@@ -127,16 +207,35 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
         data = {"text": data}
     if not isinstance(data, Mapping):
         raise InvalidRequestError(
-            f"a request is a text or an object with fields, not {_show(data)}", ""
+            f"a request is a text or an object with fields, not {show(data)}", ""
         )
-    sampling_fields = ("temperature", "top_p", "top_k", "min_p", "seed")
-    allowed = (*PROMPT_FIELDS, "max_tokens", *sampling_fields, "stop", "adapter")
     for name in data:
-        if name not in allowed:
+        if name not in FIELDS:
             raise InvalidRequestError(
-                f"unknown field {_show(name)}; allowed are {', '.join(allowed)}", str(name)[:64]
+                f"unknown field {show(name)}; allowed are {', '.join(FIELDS)}", str(name)[:64]
             )
-    sources = [name for name in PROMPT_FIELDS if name in data]
+    names_adapter = "adapter" in data
+    # A field that is null is a field left out, as JSON clients mean it; but not the prompt.
+    given = {k: value for k, value in data.items() if value is not None or k in PROMPT_FIELDS}
+    return TextRequest(
+        **_parse_prompt(given),
+        max_tokens=_parse_integer(given, "max_tokens", None, 1),
+        sampling=_parse_sampling(given),
+        stop=_parse_stop(given.get("stop", ())),
+        stop_token_ids=_parse_token_ids(
+            "stop_token_ids", given.get("stop_token_ids", ()), 0, MAX_STOP_TOKENS
+        ),
+        ignore_eos=_parse_flag(given, "ignore_eos"),
+        logprobs=_parse_integer(given, "logprobs", None, 0, MAX_LOGPROBS),
+        n=_parse_integer(given, "n", 1, 1, MAX_CHOICES),
+        names_adapter=names_adapter,
+        adapter=_parse_adapter(given.get("adapter")),
+    )
+
+
+def _parse_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields `source`, `text`, `messages` and `token_ids` of a `TextRequest`."""
+    sources = [name for name in PROMPT_FIELDS if name in given]
     if len(sources) != 1:
         found = f"this one has {' and '.join(sources)}" if sources else "this one has none"
         raise InvalidRequestError(
@@ -144,113 +243,82 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
             sources[1] if sources else "text",
         )
     source = sources[0]
-    is_conversation = source == "messages"
-    text = "" if is_conversation else _parse_text(source, data[source])
-    messages: tuple[Mapping[str, str], ...] = ()
-    if is_conversation:
-        messages = _parse_messages(data[source])
-    elif source != "prompt":
-        messages = ({"role": "user", "content": text},)
+    value = given[source]
+    if source == "messages":
+        return {"source": source, "messages": _parse_messages(value)}
+    if source == "prompt" and isinstance(value, list | tuple):
+        token_ids = _parse_token_ids(source, value, 1, MAX_PROMPT_TOKENS)
+        return {"source": source, "token_ids": token_ids}
+    if source == "prompt" and not isinstance(value, str):
+        raise invalid(source, value, "a text that is not empty, or a list of token ids")
+    text = _parse_text(source, value)
+    messages = () if source == "prompt" else ({"role": "user", "content": text},)
+    return {"source": source, "text": text, "messages": messages}
 
-    max_tokens = data.get("max_tokens")
-    if max_tokens is not None:
-        _check_integer("max_tokens", max_tokens, 1)
-    # A field that is null is a field left out, as JSON clients mean it.
-    given = {name: data[name] for name in sampling_fields if data.get(name) is not None}
-    return TextRequest(
-        source=source,
-        text=text,
-        messages=messages,
-        max_tokens=max_tokens,
-        sampling=Sampling(**given),
-        stop=_parse_stop(data.get("stop")),
-        names_adapter="adapter" in data,
-        adapter=_parse_adapter(data.get("adapter")),
-    )
+
+def _parse_sampling(given: Mapping[str, Any]) -> Sampling:
+    fields = {name: given[name] for name in SAMPLING_FIELDS if name in given}
+    if "logit_bias" in fields:
+        fields["logit_bias"] = read_logit_bias(fields["logit_bias"])
+    return Sampling(**fields)
+
+
+def _parse_integer(
+    given: Mapping[str, Any], name: str, default: int | None, low: int, high: int | None = None
+) -> Any:
+    value = given.get(name, default)
+    if value is not None:
+        check_integer(name, value, low, high)
+    return value
+
+
+def _parse_flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name, False)
+    check_flag(name, value)
+    return bool(value)
 
 
 def _parse_text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise _invalid(name, value, "a text that is not empty")
-    if not _is_encodable(value):
+        raise invalid(name, value, "a text that is not empty")
+    if not is_encodable(value):
         raise InvalidRequestError(f"{name} has half a surrogate pair, which is no character", name)
     return value
 
 
 def _parse_messages(value: object) -> tuple[Mapping[str, str], ...]:
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_MESSAGES:
-        raise _invalid("messages", value, f"a list of 1 to {MAX_MESSAGES} messages")
+        raise invalid("messages", value, f"a list of 1 to {MAX_MESSAGES} messages")
     messages = []
     for number, message in enumerate(value):
         name = f"messages[{number}]"
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise _invalid(name, message, "an object with role and content")
+            raise invalid(name, message, "an object with role and content")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise _invalid(f"{name}.role", role, f"one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or not _is_encodable(content):
-            raise _invalid(f"{name}.content", content, "a text")
+            raise invalid(f"{name}.role", role, f"one of {', '.join(ROLES)}")
+        if not isinstance(content, str) or not is_encodable(content):
+            raise invalid(f"{name}.content", content, "a text")
         messages.append({"role": role, "content": content})
     return tuple(messages)
 
 
+def _parse_token_ids(name: str, value: object, low: int, high: int) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise invalid(name, value, f"a list of {low} to {high} token ids")
+    check_token_ids(name, value, low, high)
+    return tuple(value)
+
+
 def _parse_stop(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
     stop = (value,) if isinstance(value, str) else value
     if not isinstance(stop, list | tuple):
-        raise _invalid("stop", value, "a text or a list of texts")
-    return _check_stop(tuple(stop))
-
-
-def _check_stop(stop: tuple[Any, ...]) -> tuple[str, ...]:
-    if len(stop) > MAX_STOPS:
-        raise _invalid("stop", f"{len(stop)} texts", f"at most {MAX_STOPS} texts")
-    for text in stop:
-        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise _invalid("stop", text, f"texts of 1 to {MAX_STOP_CHARACTERS} characters")
-    return stop
+        raise invalid("stop", value, "a text or a list of texts")
+    check_stop(tuple(stop))
+    return tuple(stop)
 
 
 def _parse_adapter(value: object) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
-        raise _invalid("adapter", value, "an adapter's name, or null for the base model")
+        raise invalid("adapter", value, "an adapter's name, or null for the base model")
     return None if value == BASE_NAME else value
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # type: ignore[operator]  # NaN is in no range
-        raise _invalid(name, value, f"a number from {low:g} to {high:g}")
-
-
-def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
-        limit = f"from {low}" if high is None else f"from {low} to {high}"
-        raise _invalid(name, value, f"an integer {limit}")
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _invalid(name: str, value: object, allowed: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {allowed}, not {_show(value)}", name)
-
-
-def _show(value: object) -> str:
-    """A value for a message: short, whatever a client sent."""
-    if isinstance(value, str):
-        return repr(value[:80]) + ("…" if len(value) > 80 else "")
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return f"an object with {len(value)} fields"
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "an integer of more than 20 digits"
-    return repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"

@@ -232,7 +232,7 @@ def test_a_request_waits_while_the_model_loads(load_error: Exception | None, sta
     assert client.get("/health").json()["status"] == "loading"
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/predict", json={"text": "a"})
-        wait_for(lambda: host.batcher and host.batcher.num_running)
+        wait_for(lambda: host.num_waiting)
         assert not answer.done()
         gate.set()
         assert answer.result(LONG_S).status_code == status
@@ -343,7 +343,7 @@ def test_a_runner_that_leaves_while_loading_is_a_failure() -> None:
     failures: list[Exception] = []
     host = RunnerHost(leave, on_failure=failures.append)
     host.start()
-    wait_for(lambda: host.status != "loading")
+    wait_for(lambda: failures)
     assert host.status == "unhealthy"
     assert "SystemExit: no weights here" in str(failures[0])
     host.stop()

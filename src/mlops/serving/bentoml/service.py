@@ -96,6 +96,7 @@ def create_bentoml_service(
         service_name=settings.service_name,
         project_name=settings.project_name,
         model_type=kind,
+        model=model,
         model_tag=tag,
         digest=digest,
         facts=functools.partial(_facts, settings),
@@ -361,13 +362,14 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
     handlers = Handlers(host, info)
 
     class ModelService(bentoml.Service):  # type: ignore[misc]
-        """A service whose `/predict`, `/health` and `/metrics` come from `serving.http`.
+        """A service whose routes come from `serving.http`.
 
         They stand behind BentoML's middlewares, and so behind those that a user adds.
         """
 
         def to_asgi(self, is_main: bool = True) -> Starlette:
             app: Starlette = super().to_asgi(is_main)
+            _trace_requests_only(app)
             _put_in_front(app, handlers, settings.enable_swagger)
             return app
 
@@ -393,6 +395,14 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
             min_p: float | None = None,
             seed: int | None = None,
             stop: list[str] | None = None,
+            repetition_penalty: float | None = None,
+            presence_penalty: float | None = None,
+            frequency_penalty: float | None = None,
+            logit_bias: dict[str, float] | None = None,
+            stop_token_ids: list[int] | None = None,
+            ignore_eos: bool | None = None,
+            logprobs: int | None = None,
+            n: int | None = None,
         ) -> dict[str, Any]:
             """Answer one request: generated text, or what the model computes from `input`."""
             fields = locals()
@@ -426,6 +436,16 @@ def _put_in_front(app: Starlette, handlers: Handlers, enable_swagger: bool) -> N
         routes[:] = [r for r in routes if getattr(r, "name", None) not in _SWAGGER_ROUTES]
     routes[:0] = [Route(path, ours) for path in PATHS]
     app.router.default = ours  # an unknown path gets our JSON error
+
+
+def _trace_requests_only(app: Starlette) -> None:
+    """One span for a request, none for each message: a stream has thousands of them."""
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+    for middleware in app.user_middleware:
+        made_by: object = middleware.cls
+        if made_by is OpenTelemetryMiddleware:
+            middleware.kwargs["exclude_spans"] = ["receive", "send"]
 
 
 def _caller() -> str:

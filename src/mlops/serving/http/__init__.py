@@ -1,4 +1,4 @@
-"""One ASGI app for a served model, whatever serves it: routes, request bodies, errors, batching."""
+"""One ASGI app for a served model: routes, bodies, errors, batches, streams; whoever serves it."""
 
 from mlops.serving.http.app import ServiceInfo, create_app
 from mlops.serving.http.host import RunnerHost, Status

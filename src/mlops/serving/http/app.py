@@ -1,4 +1,8 @@
-"""The service's routes as one ASGI app: `POST /predict`, `GET /health`, `GET /metrics`.
+"""The service's routes as one ASGI app.
+
+    POST /predict          the runner's own fields and answer
+    POST /v1/completions   OpenAI's text completions (`completions`), also as events (`sse`)
+    GET /health, /metrics  what the service says of itself
 
 The same app answers under BentoML and under Ray. It parses and checks what a client sends, asks the
 `RunnerHost`, and turns every failure into a status and a JSON body.
@@ -21,15 +25,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mlops.errors import MLOpsError
+from mlops.errors import AdapterNotFoundError, MLOpsError
 from mlops.serving.http.bodies import read_json_object
+from mlops.serving.http.completions import CompletionAnswer, parse_completion, unknown_model
 from mlops.serving.http.errors import describe, error_response
 from mlops.serving.http.host import RunnerHost, Status
+from mlops.serving.http.sse import EventStream
+from mlops.serving.http.waiting import disconnection
 from mlops.serving.runner.base import Prediction
 
 logger = logging.getLogger(__name__)
 
-PATHS = ("/predict", "/health", "/metrics")
+PATHS = ("/predict", "/v1/completions", "/health", "/metrics")
 MAX_BODY_BYTES = 4 * 1024 * 1024
 CLIENT_LEFT = 499
 _NO_MEMORY = {
@@ -46,6 +53,7 @@ class ServiceInfo:
     """What a service says of itself.
 
     Attributes:
+        model: the model as the user named it: a folder, a tag or a hub id.
         facts: further fields of `/health`, asked in a thread once the model is loaded; what the
             runner's own `describe` says, where it has one, is added to them.
         enable_metrics: False makes `/metrics` unknown.
@@ -54,6 +62,7 @@ class ServiceInfo:
     service_name: str
     project_name: str = "default"
     model_type: str = "mlx"
+    model: str | None = None
     model_tag: str | None = None
     digest: str | None = None
     facts: Callable[[], Mapping[str, Any]] | None = None
@@ -63,6 +72,13 @@ class ServiceInfo:
     @property
     def names(self) -> dict[str, str]:
         return {"service_name": self.service_name, "project_name": self.project_name}
+
+    @property
+    def model_names(self) -> frozenset[str]:
+        """What a client of OpenAI's API may call the served model."""
+        tag_name = self.model_tag.partition(":")[0] if self.model_tag else None
+        names = (self.service_name, self.model, self.model_tag, tag_name)
+        return frozenset(name for name in names if name)
 
 
 @dataclass
@@ -74,7 +90,7 @@ class Counts:
 
 
 class Handlers:
-    """The three endpoints. `predict` is also what other ways into the service call."""
+    """The endpoints. `predict` is also what other ways into the service call."""
 
     def __init__(
         self,
@@ -92,22 +108,53 @@ class Handlers:
         self, input_data: Mapping[str, Any], request: Request | None = None
     ) -> Prediction:
         """Answer one request: the runner's prediction and the names of the service."""
-
-        async def disconnected() -> None:
-            while request and (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        prediction = await self.host.predict(input_data, disconnected if request else None)
+        disconnected = disconnection(request.receive) if request else None
+        prediction = await self.host.predict(input_data, disconnected)
         return {**prediction, **self.info.names}
 
     async def post_predict(self, request: Request) -> Response:
+        async def answer(body: Mapping[str, Any]) -> Response:
+            return JSONResponse(await self.predict(body, request))
+
+        return await self._answer(request, answer)
+
+    async def post_completions(self, request: Request) -> Response:
+        async def answer(body: Mapping[str, Any]) -> Response:
+            asked = parse_completion(body, self.info.model_names)
+            disconnected = disconnection(request.receive)
+            form = CompletionAnswer(asked.model)
+            try:
+                if not asked.stream:
+                    return JSONResponse(
+                        form.whole(
+                            await self.host.predict(asked.fields, disconnected, text_only=True)
+                        )
+                    )
+                stream = await self.host.stream(asked.fields, disconnected)
+            except AdapterNotFoundError as exc:
+                raise unknown_model(exc, asked.model) from exc
+            return EventStream(
+                form.events(stream, asked.include_usage),
+                release=stream.cancel,
+                deadline_s=stream.deadline_s,
+            )
+
+        return await self._answer(request, answer, like_openai=True)
+
+    async def _answer(
+        self,
+        request: Request,
+        answer: Callable[[Mapping[str, Any]], Awaitable[Response]],
+        *,
+        like_openai: bool = False,
+    ) -> Response:
+        """Read the body, answer it, and count what became of it."""
         try:
-            body = await read_json_object(request, self.info.max_body_bytes)
-            response: Response = JSONResponse(await self.predict(body, request))
+            response = await answer(await read_json_object(request, self.info.max_body_bytes))
         except ClientDisconnect:
             response = Response(status_code=CLIENT_LEFT)
         except Exception as exc:  # told to the client, or to the log
-            response = error_response(exc)
+            response = error_response(exc, like_openai=like_openai)
         self._counts.requests_by_status[response.status_code] += 1
         return response
 
@@ -134,8 +181,6 @@ class Handlers:
             raise HTTPException(404, "the metrics of this service are turned off")
         if self.prometheus and _wants_text(request.headers.get("accept", "")):
             return await self.prometheus(request)
-        batcher = self.host.batcher
-        sizes = dict(sorted(batcher.batch_sizes.items())) if batcher else {}
         return JSONResponse(
             {
                 **self.info.names,
@@ -144,11 +189,27 @@ class Handlers:
                 "process_id": os.getpid(),
                 "uptime_s": round(time.monotonic() - self._counts.started, 3),
                 "requests_by_status": dict(sorted(self._counts.requests_by_status.items())),
-                "requests_running": batcher.num_running if batcher else 0,
-                "requests_waiting": batcher.num_waiting if batcher else 0,
-                "batches_by_size": sizes,
+                **self._activity(),
             }
         )
+
+    def _activity(self) -> dict[str, Any]:
+        """What runs and waits, from the batcher or from the runner that batches by itself."""
+        running, sizes, further = 0, {}, {}
+        waiting = self.host.num_waiting
+        if (runner := self.host.text_runner) is not None:
+            engine = runner.statistics()  # {} from one that is just being unloaded
+            running, sizes = engine.get("running", 0), engine.get("batch_sizes", {})
+            waiting += engine.get("waiting", 0)
+            further = {"engine": engine}
+        elif (batcher := self.host.batcher) is not None:
+            running, sizes = batcher.num_running, batcher.batch_sizes
+        return {
+            "requests_running": running,
+            "requests_waiting": waiting,
+            "batches_by_size": dict(sorted(sizes.items(), key=lambda size: int(size[0]))),
+            **further,
+        }
 
     async def _memory(self) -> dict[str, Any]:
         runner = self.host.runner
@@ -188,6 +249,7 @@ def app_of(handlers: Handlers) -> Starlette:
     return Starlette(
         routes=[
             Route("/predict", handlers.post_predict, methods=["POST"]),
+            Route("/v1/completions", handlers.post_completions, methods=["POST"]),
             Route("/health", handlers.get_health),
             Route("/metrics", handlers.get_metrics),
         ],
@@ -201,7 +263,7 @@ async def _failed(request: Request, exc: Exception) -> Response:
     elif isinstance(exc, HTTPException) and exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "another method")
         exc = HTTPException(405, f"{request.url.path} answers {allowed}", exc.headers)
-    return error_response(exc)
+    return error_response(exc, like_openai="/v1/" in request.url.path)
 
 
 def _told(failure: Exception) -> dict[str, Any]:

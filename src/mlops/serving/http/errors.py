@@ -1,7 +1,9 @@
 """Errors as a client sees them: the one table from error class to HTTP status, and the JSON body.
 
 Every failure leaves the service as `{"error": {"type": …, "message": …}}`; `field` names the wrong
-field of a request. A status of 500 says nothing of the inside: the log has the details.
+field of a request. Paths below `/v1/` speak as OpenAI's API does: the error has `message`, `type`,
+`param` and `code`, and a wrong field is a 400. A status of 500 says nothing of the inside: the log
+has the details.
 """
 
 from __future__ import annotations
@@ -62,12 +64,38 @@ def describe(exc: BaseException) -> dict[str, Any]:
     return {"error": error}
 
 
-def error_response(exc: BaseException) -> JSONResponse:
-    """Answer with the status and body of `exc`; what is no client's mistake goes to the log."""
+def openai_status_of(exc: BaseException) -> int:
+    """The status that OpenAI's API gives: a field that is wrong is a 400, not a 422."""
     status = status_of(exc)
-    if status == 500:
-        logger.error("a request failed", exc_info=exc)
+    return 400 if status == 422 else status
+
+
+def openai_describe(exc: BaseException) -> dict[str, Any]:
+    """The body of an answer, or the event of a stream, that failed with `exc`; in OpenAI's form."""
+    status = openai_status_of(exc)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    param = exc.field or None if isinstance(exc, errors.InvalidRequestError) else None
+    code = None
+    if isinstance(exc, errors.AdapterNotFoundError):
+        param, code = "model", "model_not_found"
+    elif isinstance(exc, errors.QueueFullError):
+        kind, code = "rate_limit_error", "rate_limit_exceeded"
+    message = describe(exc)["error"]["message"]
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(exc: BaseException, *, like_openai: bool = False) -> JSONResponse:
+    """Answer with the status and body of `exc`; what is no client's mistake goes to the log."""
+    log_failure(exc)
     headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
     if isinstance(exc, errors.QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(exc.retry_after_s)))
-    return JSONResponse(describe(exc), status, headers)
+    if like_openai:
+        return JSONResponse(openai_describe(exc), openai_status_of(exc), headers)
+    return JSONResponse(describe(exc), status_of(exc), headers)
+
+
+def log_failure(exc: BaseException) -> None:
+    """Log what is no client's mistake and what clients are not told."""
+    if status_of(exc) == 500:
+        logger.error("a request failed", exc_info=exc)

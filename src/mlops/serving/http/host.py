@@ -2,28 +2,31 @@
 
 `start` returns at once; a thread makes and loads the runner. Requests wait until it is loaded,
 within their time: one process of several may be ready before the others. Before `start`, after
-`stop` and when loading has failed they get 503.
+`stop` and when loading has failed they get 503. Then a `TextRunner` is asked at once, for its
+requests join and leave a running batch; any other runner is asked through the `Batcher`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import functools
 import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
 
 from mlops.engine import to_exception
-from mlops.errors import DeadlineExceededError, EngineShutdownError, MLOpsError
+from mlops.errors import EngineShutdownError, MLOpsError, QueueFullError
 from mlops.serving.http.batcher import Batcher, Pending
-from mlops.serving.runner.base import Prediction, Runner
+from mlops.serving.http.waiting import Disconnected, while_wanted
+from mlops.serving.runner.base import Generating, Prediction, Runner, TextChunk, TextRunner
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +40,45 @@ class Status(enum.StrEnum):
     UNHEALTHY = "unhealthy"
 
 
+@dataclass
+class TextStream:
+    """A request under way whose first chunk is there.
+
+    Attributes:
+        deadline_s: of `time.monotonic()`; the request's time.
+    """
+
+    generating: Generating
+    first: TextChunk | None
+    rest: AsyncIterator[TextChunk]
+    deadline_s: float
+
+    async def chunks(self) -> AsyncIterator[TextChunk]:
+        """All chunks; raises the request's error."""
+        if self.first is not None:
+            yield self.first
+        async for chunk in self.rest:
+            yield chunk
+
+    async def usage(self) -> Mapping[str, Any]:
+        """The request's tokens, once the chunks have ended."""
+        usage: Mapping[str, Any] = (await self.generating.prediction())["usage"]
+        return usage
+
+    def cancel(self) -> None:
+        """End the generation, wherever it is."""
+        self.generating.cancel()
+
+
 class RunnerHost:
     """Loads one runner and shares it between the requests of a process.
 
     Args:
         make_runner: makes the runner, unloaded; called in the loading thread.
-        max_batch_size: how many requests are answered together; a function is asked each time.
+        max_batch_size: how many requests a batch holds; a function is asked each time.
         max_latency_ms: the longest a request waits for its batch to fill.
-        max_waiting: requests that may wait before new ones get 429.
+        max_waiting: requests that may wait before new ones get 429, for the model to load or for
+            a batch.
         timeout_s: the longest a request may take, waiting included.
         on_loaded, on_failure: told how loading ended.
     """
@@ -67,13 +101,15 @@ class RunnerHost:
         self._on_loaded = on_loaded
         self._on_failure = on_failure
         self._lock = threading.Lock()
-        self._loading_ended = threading.Event()
+        self._loading_ended = _running_future()
+        self._num_waiting_for_model = 0
         self._status = Status.STOPPED
         self.timeout_s = timeout_s
         self.runner: Runner | None = None
+        # Once the model is loaded, requests go to one of these.
+        self.text_runner: TextRunner | None = None
         self.batcher: Batcher | None = None
         self.failure: Exception | None = None
-        self._can_cancel = False
 
     @property
     def status(self) -> Status:
@@ -82,6 +118,12 @@ class RunnerHost:
             return Status.UNHEALTHY
         return self._status
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for the model to load, or for a batch."""
+        batcher = self.batcher
+        return self._num_waiting_for_model + (batcher.num_waiting if batcher else 0)
+
     def start(self) -> None:
         """Begin to load. Does nothing when that was begun."""
         with self._lock:
@@ -89,22 +131,16 @@ class RunnerHost:
                 return
             self._status = Status.LOADING
             self.failure = None
-            self._loading_ended.clear()
-            self.batcher = Batcher(
-                self._run_batch,
-                batch_limit=self._batch_limit,
-                max_latency_ms=self._max_latency_ms,
-                max_waiting=self._max_waiting,
-            )
+            self._loading_ended = _running_future()
         threading.Thread(target=self._load, name="mlops-load", daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse what waits, end the running batch, unload. Does nothing when stopped."""
+        """Refuse what waits, end what runs, unload. Does nothing when stopped."""
         with self._lock:
             self._status = Status.STOPPED
             runner, batcher = self.runner, self.batcher
-            self.runner = self.batcher = None
-            self._loading_ended.set()
+            self.runner = self.text_runner = self.batcher = None
+            self._end_loading()
         if batcher:
             batcher.close()
         if runner:
@@ -124,12 +160,12 @@ class RunnerHost:
             else:
                 unwanted = None
                 self.runner = runner
-                # A runner may be able to stop in the middle of what nobody waits for any more.
-                self._can_cancel = (
-                    "is_cancelled" in inspect.signature(runner.predict_batch).parameters
-                )
+                if isinstance(runner, TextRunner) and runner.can_generate:
+                    self.text_runner = runner
+                else:
+                    self.batcher = self._make_batcher(runner)
                 self._status = Status.HEALTHY
-                self._loading_ended.set()
+                self._end_loading()
         if unwanted:
             unwanted.unload_model()
             return
@@ -143,7 +179,7 @@ class RunnerHost:
                 return
             self._status = Status.UNHEALTHY
             self.failure = exc
-            self._loading_ended.set()
+            self._end_loading()
         expected = isinstance(exc, MLOpsError)  # its message says all
         logger.error("the model could not be loaded: %s", exc, exc_info=None if expected else exc)
         if self._on_failure:
@@ -152,53 +188,137 @@ class RunnerHost:
     async def predict(
         self,
         input_data: Mapping[str, Any],
-        disconnected: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        disconnected: Disconnected | None = None,
+        *,
+        text_only: bool = False,
     ) -> Prediction:
         """Answer one request.
 
         Args:
             input_data: the request's fields, as the runner takes them.
             disconnected: an async function that returns when the client has left.
+            text_only: refuse it when the model does not generate text.
 
         Raises:
+            HTTPException: 404, the model does not generate text.
             EngineShutdownError: no model is loaded, and none is being loaded.
             QueueFullError: too many requests wait.
             DeadlineExceededError: `timeout_s` is over; the work is given up.
             ClientDisconnect: the client has left; the work is given up.
         """
-        batcher = self.batcher
-        if self.status not in {Status.LOADING, Status.HEALTHY} or batcher is None:
-            raise EngineShutdownError(f"the model is not ready: the service is {self.status.value}")
-        pending = Pending(input_data, time.monotonic() + self.timeout_s)
-        batcher.submit(pending)
-        answer = asyncio.ensure_future(asyncio.wrap_future(pending.answer))
-        waited_for: set[asyncio.Future[Any]] = {answer}
-        if disconnected:
-            waited_for.add(asyncio.ensure_future(disconnected()))
+        deadline_s = time.monotonic() + self.timeout_s
+
+        async def answer() -> Prediction:
+            await self._wait_for_model()
+            if text_only or self.text_runner is not None:
+                return await self._generate(input_data, deadline_s)
+            return await self._ask_in_batch(input_data, deadline_s)
+
+        return await while_wanted(answer(), disconnected, deadline_s)
+
+    async def stream(
+        self, input_data: Mapping[str, Any], disconnected: Disconnected | None = None
+    ) -> TextStream:
+        """Begin to answer one request and wait for its first chunk.
+
+        So a request that is refused, also for what the tokenizer finds, is refused before anything
+        is sent. The caller cancels the stream when it has done with it.
+
+        Raises:
+            HTTPException: 404, the model does not generate text.
+            MLOpsError, ClientDisconnect: as `predict`, and what the runner refuses.
+        """
+        deadline_s = time.monotonic() + self.timeout_s
+        begun: list[Generating] = []  # known here even when the rest does not come to its end
+
+        async def begin() -> TextStream:
+            await self._wait_for_model()
+            generating = self._begin(input_data, deadline_s)
+            begun.append(generating)
+            chunks = generating.chunks()
+            return TextStream(generating, await anext(chunks, None), chunks, deadline_s)
+
         try:
-            await asyncio.wait(
-                waited_for, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if answer.done() and not answer.cancelled():
-                return answer.result()
-            if any(other.done() for other in waited_for - {answer}):
-                raise ClientDisconnect
-            raise DeadlineExceededError(f"no answer within {self.timeout_s:g} s")
+            return await while_wanted(begin(), disconnected, deadline_s)
+        except BaseException:
+            for generating in begun:
+                generating.cancel()
+            raise
+
+    def _begin(self, input_data: Mapping[str, Any], deadline_s: float) -> Generating:
+        if self.text_runner is None:
+            raise HTTPException(404, "this service's model does not generate text")
+        return self.text_runner.generate(input_data, deadline_s=deadline_s)
+
+    async def _generate(self, input_data: Mapping[str, Any], deadline_s: float) -> Prediction:
+        generating = self._begin(input_data, deadline_s)
+        try:
+            return await generating.prediction()
+        finally:
+            generating.cancel()
+
+    async def _ask_in_batch(self, input_data: Mapping[str, Any], deadline_s: float) -> Prediction:
+        if self.batcher is None:
+            raise self._not_ready()
+        pending = Pending(input_data, deadline_s)
+        self.batcher.submit(pending)
+        try:
+            return await asyncio.wrap_future(pending.answer)
         finally:
             pending.abandoned.set()
-            for task in waited_for:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
 
-    def _run_batch(self, batch: Sequence[Pending]) -> Sequence[Prediction | Exception]:
-        self._loading_ended.wait()
-        runner = self.runner
-        if runner is None:
-            raise EngineShutdownError(f"the model is not ready: the service is {self.status.value}")
-        inputs = [pending.input_data for pending in batch]
+    async def _wait_for_model(self) -> None:
+        """Return once the model is loaded.
+
+        Raises:
+            EngineShutdownError: it is not, and will not be.
+            QueueFullError: too many requests wait for it.
+        """
+        if self._status is Status.LOADING:
+            with self._lock:
+                if self._num_waiting_for_model >= self._max_waiting:
+                    raise QueueFullError(
+                        f"{self._num_waiting_for_model} requests are waiting for the model to "
+                        "load, which is the limit; try later"
+                    )
+                self._num_waiting_for_model += 1
+            try:
+                await asyncio.wrap_future(self._loading_ended)
+            finally:
+                with self._lock:
+                    self._num_waiting_for_model -= 1
+        if self.status is not Status.HEALTHY:
+            raise self._not_ready()
+
+    def _not_ready(self) -> EngineShutdownError:
+        return EngineShutdownError(f"the model is not ready: the service is {self.status.value}")
+
+    def _end_loading(self) -> None:
+        if not self._loading_ended.done():
+            self._loading_ended.set_result(None)
+
+    def _make_batcher(self, runner: Runner) -> Batcher:
         predict_batch: Callable[..., list[Prediction | Exception]] = runner.predict_batch
-        if self._can_cancel:
-            watchers = [functools.partial(getattr, pending, "is_over") for pending in batch]
-            return predict_batch(inputs, is_cancelled=watchers)
-        return predict_batch(inputs)
+        # A runner may be able to stop in the middle of what nobody waits for any more.
+        can_cancel = "is_cancelled" in inspect.signature(predict_batch).parameters
+
+        def run_batch(batch: Sequence[Pending]) -> Sequence[Prediction | Exception]:
+            inputs = [pending.input_data for pending in batch]
+            if can_cancel:
+                watchers = [functools.partial(getattr, pending, "is_over") for pending in batch]
+                return predict_batch(inputs, is_cancelled=watchers)
+            return predict_batch(inputs)
+
+        return Batcher(
+            run_batch,
+            batch_limit=self._batch_limit,
+            max_latency_ms=self._max_latency_ms,
+            max_waiting=self._max_waiting,
+        )
+
+
+def _running_future() -> Future[None]:
+    """A future that one waiter among many cannot cancel."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future

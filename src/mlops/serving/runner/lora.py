@@ -21,11 +21,11 @@ class LoRAModelRunner(MLXModelRunner):
     def __init__(self, model_path: Any, *, model_type: str = "lora", **arguments: Any) -> None:
         super().__init__(model_path, model_type=model_type, **arguments)
 
-    def _resolve_adapters(self, resolved: Any) -> Any:
+    def _find_adapters(self, resolved: Any) -> Any:
         if not resolved.is_adapter:
             logger.info(
                 "%s is %s, not an adapter; it is served as it is",
                 self.model_path,
                 resolved.checkpoint.description,
             )
-        return super()._resolve_adapters(resolved)
+        return super()._find_adapters(resolved)

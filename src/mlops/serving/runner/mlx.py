@@ -1,35 +1,37 @@
 """The runner for language models that MLX computes, with or without adapters; custom ones too.
 
-    model_path -> registry.resolve -> registry.verify -> engine.load_model -> engine.generate
+    model_path -> registry.resolve -> registry.verify -> engine.load_model -> Engine
 
-All that touches the model happens in the engine's owner thread, so any thread may call a runner.
+Each request is submitted to the engine on its own and shares its running batch. All that touches
+the model happens in the engine's owner thread, so any thread may call a runner.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlops import engine
 from mlops.errors import EngineShutdownError, MLOpsError, ServiceError
+from mlops.serving.runner.answer import Answer, Prepared
 from mlops.serving.runner.base import Prediction
 from mlops.serving.runner.outputs import to_json
 
 if TYPE_CHECKING:
-    from mlops.checkpoints import Checkpoint
     from mlops.registry import ResolvedModel
 
 Input = str | Mapping[str, Any]
-IsCancelled = Callable[[], bool]
 Result = TypeVar("Result")
 MIB = 2**20
+DRAIN_S = 30.0
+"""How long `unload_model` lets requests under way finish."""
 
 
 class MLXModelRunner:
@@ -46,8 +48,9 @@ class MLXModelRunner:
         adapters: more adapters by the name that requests use; each a folder, tag or hub id.
         model_type: what predictions say they come from; `"custom"` for a subclass's own model.
         digest: what the store must say of the tag `model_path`.
-        memory_budget_bytes: the most that weights may take when they are made float32 for a CPU;
-            by default a share of the machine's memory.
+        memory_budget_bytes: the most that weights may take when they are made float32 for a CPU,
+            and weights, caches and adapters together; by default a share of the machine's memory.
+        engine_config: the engine's other limits.
 
     Raises:
         ServiceError: an adapter's name cannot be used.
@@ -64,6 +67,7 @@ class MLXModelRunner:
         model_type: str = "mlx",
         digest: str | None = None,
         memory_budget_bytes: int | None = None,
+        engine_config: engine.EngineConfig | None = None,
     ) -> None:
         self.model_path = model_path
         self.enable_mps = enable_mps
@@ -73,11 +77,15 @@ class MLXModelRunner:
         self.model_type = "custom" if self._is_custom else model_type
         self.digest = digest
         self.memory_budget_bytes = memory_budget_bytes
+        self.engine_config = engine_config or engine.EngineConfig()
         self.default_adapter: str | None = None
         self.resolved: ResolvedModel | None = None
         for name in self.adapters:
             _check_adapter_name(name)
-        # What is loaded dies in the owner thread, even when the runner is only forgotten.
+        self._found_adapters: dict[str, _FoundAdapter] = {}
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize")
+        # What is loaded dies in the owner thread, even when the runner is only forgotten: the
+        # model, and for a language model its engine.
         self._held: list[Any] = []
         weakref.finalize(self, _release_later, self._held).atexit = False
 
@@ -107,12 +115,38 @@ class MLXModelRunner:
         """
         engine.run_in_owner(self._load)
 
-    def predict(self, input_data: Input, *, is_cancelled: IsCancelled | None = None) -> Prediction:
+    @property
+    def can_generate(self) -> bool:
+        """True when `generate` answers: the model is a language model of the engine's."""
+        return not self._is_custom
+
+    def generate(self, input_data: Mapping[str, Any], *, deadline_s: float | None = None) -> Answer:
+        """Begin to answer one request; returns at once, and prepares the prompt in a thread.
+
+        Args:
+            input_data: the fields that `engine.parse_request` takes.
+            deadline_s: of `time.monotonic()`; later the request fails.
+
+        Raises:
+            InvalidRequestError: a field is missing or out of range; names it.
+            EngineShutdownError: no model is loaded.
+        """
+        request = engine.parse_request(input_data)
+        running = self._engine
+        return Answer(
+            self._tokenizing.submit(self._prepare, running, request, deadline_s),
+            self._to_prediction,
+        )
+
+    def statistics(self) -> dict[str, Any]:
+        """What the engine has done, in JSON types; {} before loading and for a custom model."""
+        return next((one.statistics() for one in list(self._held)[1:]), {})
+
+    def predict(self, input_data: Input) -> Prediction:
         """Answer one request; loads the model first when that has not been done.
 
         Args:
             input_data: the text, or the fields that `engine.parse_request` takes.
-            is_cancelled: asked at every token; once it says True, generation ends.
 
         Raises:
             InvalidRequestError: a field is missing or out of range; names it.
@@ -121,33 +155,16 @@ class MLXModelRunner:
         """
         if self._is_custom:
             return engine.run_in_owner(self._load_and, self._predict_custom, input_data)
-        request = engine.parse_request(input_data)
-        (answer,) = self._ask([request], [is_cancelled])
+        (answer,) = self._ask([input_data])
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def predict_batch(
-        self,
-        inputs: Sequence[Input],
-        *,
-        is_cancelled: Sequence[IsCancelled | None] | None = None,
-    ) -> list[Prediction | Exception]:
-        """Answer several requests together, in their order; a bad one gets its own exception.
-
-        Args:
-            is_cancelled: as for `predict`, one for each input.
-        """
+    def predict_batch(self, inputs: Sequence[Input]) -> list[Prediction | Exception]:
+        """Answer several requests together, in their order; a bad one gets its own exception."""
         if self._is_custom:
             return [_catch(self.predict, one) for one in inputs]
-        watchers = is_cancelled if is_cancelled is not None else [None] * len(inputs)
-        answers: list[Any] = [_catch(engine.parse_request, one) for one in inputs]
-        good = [n for n, answer in enumerate(answers) if isinstance(answer, engine.TextRequest)]
-        if good:
-            asked = self._ask([answers[n] for n in good], [watchers[n] for n in good])
-            for n, answer in zip(good, asked, strict=True):
-                answers[n] = answer
-        return answers
+        return self._ask(inputs)
 
     def get_memory_usage(self) -> dict[str, Any]:
         """Memory that MLX uses in this process, in MiB, all of its models together.
@@ -172,7 +189,9 @@ class MLXModelRunner:
         }
 
     def unload_model(self) -> None:
-        """Give the memory back. Does nothing when no model is loaded."""
+        """Let requests under way finish and give the memory back. Nothing when none is loaded."""
+        for running in list(self._held)[1:]:
+            running.close(drain_s=DRAIN_S)
         engine.run_in_owner(_release, self._held)
 
     def describe(self) -> dict[str, Any]:
@@ -190,7 +209,7 @@ class MLXModelRunner:
                 "device": loaded.device,
                 "layout": loaded.layout,
                 "batched": loaded.can_batch,
-                "adapters": list(loaded.adapters.names),
+                "adapters": list(held[1].adapters.names),
                 "default_adapter": self.default_adapter,
             }
         return facts
@@ -204,19 +223,25 @@ class MLXModelRunner:
         resolved = registry.resolve(self._reference, base_model=self.base_model, digest=self.digest)
         registry.verify(resolved)
         self.resolved = resolved
-        adapters = self._resolve_adapters(resolved)
+        self._found_adapters = self._find_adapters(resolved)
         base = resolved.base or resolved
         return engine.load_model(
             base.checkpoint,
-            adapters=adapters,
             enable_mps=self.enable_mps,
             enable_unified_memory=self.enable_unified_memory,
             memory_budget_bytes=self.memory_budget_bytes,
+            digest=base.digest,
         )
 
     def _mlx_predict(self, input_data: Input) -> Any:
         """Answer one request. Override it to compute anything; return JSON types or arrays."""
-        (answer,) = self._answer([engine.parse_request(input_data)], [None])
+        if not isinstance(self.model, engine.LoadedModel):
+            raise ServiceError(
+                f"{type(self).__name__} overrides _load_mlx_model and not _mlx_predict: override "
+                "both",
+                "predict",
+            )
+        (answer,) = self._ask([input_data])
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -230,7 +255,11 @@ class MLXModelRunner:
             if self._loads_its_own:
                 self._find_files()
                 self._prepare_mlx()
-            self._held.append(self._load_mlx_model())
+            model = self._load_mlx_model()
+            held = [model]
+            if isinstance(model, engine.LoadedModel):
+                held.append(self._start_engine(model))
+            self._held += held
         except MLOpsError:
             _collect()
             raise
@@ -242,22 +271,59 @@ class MLXModelRunner:
                 {"path": str(self.model_path), "model_type": self.model_type},
             ) from exc
 
-    def _ask(
-        self, requests: Sequence[engine.TextRequest], is_cancelled: Sequence[IsCancelled | None]
-    ) -> list[Prediction | Exception]:
-        """Load when needed and answer; a caller who is interrupted cancels what he asked for."""
-        abandoned = threading.Event()
-
-        def watch(is_one_cancelled: IsCancelled | None) -> IsCancelled:
-            return lambda: abandoned.is_set() or bool(is_one_cancelled and is_one_cancelled())
-
-        try:
-            return engine.run_in_owner(
-                self._load_and, self._answer, requests, [watch(one) for one in is_cancelled]
+    def _start_engine(self, loaded: engine.LoadedModel) -> engine.Engine:
+        config = replace(self.engine_config, memory_bytes=self.memory_budget_bytes)
+        running = engine.Engine(loaded, config)
+        for name, found in self._found_adapters.items():
+            running.add_adapter(
+                name, found.model.checkpoint, digest=found.model.digest, verify=found.verify
             )
-        except (KeyboardInterrupt, SystemExit):
-            abandoned.set()
+        running.preload()
+        return running
+
+    @property
+    def _engine(self) -> engine.Engine:
+        self.model  # noqa: B018 - raises when nothing is loaded
+        return self._held[1]  # type: ignore[no-any-return]
+
+    def _ask(self, inputs: Sequence[Input]) -> list[Prediction | Exception]:
+        """Load when needed and answer; a caller who is interrupted cancels what he asked for."""
+        engine.run_in_owner(self._load)
+        running = self._engine
+        prepared = [_catch(self._prepare_input, running, one) for one in inputs]
+        try:
+            return [
+                one if isinstance(one, Exception) else _catch(self._wait, running, one)
+                for one in prepared
+            ]
+        finally:
+            for one in prepared:
+                if isinstance(one, Prepared):
+                    one.cancel()
+
+    def _prepare_input(self, running: engine.Engine, input_data: Input) -> Prepared:
+        return self._prepare(running, engine.parse_request(input_data), None)
+
+    def _prepare(
+        self, running: engine.Engine, request: engine.TextRequest, deadline_s: float | None
+    ) -> Prepared:
+        """Tokenize a request and submit each of its choices."""
+        adapter = request.adapter if request.names_adapter else self.default_adapter
+        generation_request = engine.to_generation_request(
+            running.loaded, request, adapter=adapter, deadline_s=deadline_s
+        )
+        prepared = Prepared(generation_request)
+        try:
+            for choice in engine.split_choices(generation_request, request.n):
+                prepared.generations.append(running.submit(choice))
+        except MLOpsError:
+            prepared.cancel()
             raise
+        return prepared
+
+    def _wait(self, running: engine.Engine, prepared: Prepared) -> Prediction:
+        results = [running.wait(generation) for generation in prepared.generations]
+        return self._to_prediction(prepared, results)
 
     def _load_and(self, work: Callable[..., Result], *arguments: Any) -> Result:
         self._load()
@@ -288,75 +354,68 @@ class MLXModelRunner:
             return {**fields, **output}
         return {"prediction": output, **fields}
 
-    def _answer(
-        self, requests: Sequence[engine.TextRequest], is_cancelled: Sequence[IsCancelled | None]
-    ) -> list[Prediction | Exception]:
-        loaded = self.model
-        if not isinstance(loaded, engine.LoadedModel):
-            raise ServiceError(
-                f"{type(self).__name__} overrides _load_mlx_model and not _mlx_predict: override "
-                "both",
-                "predict",
-            )
-
-        def prepare(n: int) -> engine.GenerationRequest:
-            request = requests[n]
-            adapter = request.adapter if request.names_adapter else self.default_adapter
-            loaded.adapters.check(adapter)
-            return engine.to_generation_request(
-                loaded, request, adapter=adapter, is_cancelled=is_cancelled[n]
-            )
-
-        answers: list[Any] = [_catch(prepare, n) for n in range(len(requests))]
-        good = [n for n, one in enumerate(answers) if isinstance(one, engine.GenerationRequest)]
-        results = engine.generate(loaded, [answers[n] for n in good])
-        for n, result in zip(good, results, strict=True):
-            if isinstance(result, engine.GenerationResult):
-                answers[n] = self._to_prediction(answers[n], result)
-            else:
-                answers[n] = result
-        return answers
-
     def _to_prediction(
-        self, request: engine.GenerationRequest, result: engine.GenerationResult
+        self, prepared: Prepared, results: Sequence[engine.GenerationResult]
     ) -> Prediction:
-        return {
-            "prediction": result.text,
+        first, request = results[0], prepared.request
+        completion_tokens = sum(result.completion_tokens for result in results)
+        prediction = {
+            "prediction": first.text,
             "mlx_optimized": True,
             "model_type": self.model_type,
             "usage": {
-                "prompt_tokens": result.prompt_tokens,
-                "completion_tokens": result.completion_tokens,
-                "total_tokens": result.prompt_tokens + result.completion_tokens,
+                "prompt_tokens": first.prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": first.prompt_tokens + completion_tokens,
+                "cached_tokens": first.cached_tokens,
             },
-            "finish_reason": result.finish_reason,
+            "finish_reason": first.finish_reason,
             "adapter": request.adapter,
             "timings": {
-                "first_token_ms": round(result.first_token_ms, 3),
-                "total_ms": round(result.total_ms, 3),
+                "queue_ms": round(first.queue_ms, 3),
+                "first_token_ms": round(first.first_token_ms, 3),
+                "total_ms": round(max(result.total_ms for result in results), 3),
             },
         }
+        if request.logprobs is not None:
+            prediction["logprobs"] = [asdict(one) for one in first.logprobs]
+        if len(results) > 1:
+            prediction["choices"] = [
+                {
+                    "index": index,
+                    "text": result.text,
+                    "finish_reason": result.finish_reason,
+                    **(
+                        {}
+                        if request.logprobs is None
+                        else {"logprobs": [asdict(one) for one in result.logprobs]}
+                    ),
+                }
+                for index, result in enumerate(results)
+            ]
+        return prediction
 
-    def _resolve_adapters(self, resolved: ResolvedModel) -> dict[str, Checkpoint]:
+    def _find_adapters(self, resolved: ResolvedModel) -> dict[str, _FoundAdapter]:
+        """The adapters by name: the model's own, and those that were given."""
         from mlops import registry
 
-        checkpoints = {}
+        found: dict[str, _FoundAdapter] = {}
         self.default_adapter = None
         if resolved.is_adapter:
             self.default_adapter = _name_adapter(resolved)
-            checkpoints[self.default_adapter] = resolved.checkpoint
+            found[self.default_adapter] = _FoundAdapter(resolved)
         base = resolved.base or resolved
         for name, path in self.adapters.items():
-            if name in checkpoints:
+            if name in found:
                 raise ServiceError(
                     f"two adapters are called {name!r}; give the one of adapters= another name",
                     "load_model",
                     {"adapter": name},
                 )
-            adapter = registry.resolve(_plain(path), base_model=base.tag or base.path)
-            registry.verify(replace(adapter, base=None))  # the base has been verified, once
-            checkpoints[name] = adapter.checkpoint
-        return checkpoints
+            found[name] = _FoundAdapter(
+                registry.resolve(_plain(path), base_model=base.tag or base.path)
+            )
+        return found
 
     @property
     def _reference(self) -> str | Path:
@@ -373,6 +432,19 @@ class MLXModelRunner:
     @property
     def _loads_its_own(self) -> bool:
         return type(self)._load_mlx_model is not MLXModelRunner._load_mlx_model
+
+
+@dataclass(frozen=True)
+class _FoundAdapter:
+    """An adapter that a request can name, on disk."""
+
+    model: ResolvedModel
+
+    def verify(self) -> None:
+        """Hash its files; the base has been verified, once."""
+        from mlops import registry
+
+        registry.verify(replace(self.model, base=None))
 
 
 def _has_mlx() -> bool:
@@ -413,6 +485,8 @@ def _catch(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _release(held: list[Any]) -> None:
     if held:
+        for running in held[1:]:
+            running.close()
         held.clear()
         _collect()
 

@@ -1,0 +1,625 @@
+"""The engine: requests join and leave one running batch at every step.
+
+    submit -> waiting -> (adapter resident, memory free) -> prefill, chunk by chunk -> decode batch
+    -> tokens -> text -> events and the result
+
+An engine is a chain of calls in the owner thread, one per step, so several engines and everything
+else that needs MLX take turns. Each step:
+
+    1. what nobody waits for any more leaves, and so does what has drawn its last token
+    2. waiting requests are admitted                                            (scheduler)
+    3. prompts are computed for a budget of tokens                              (prefill)
+    4. the next step of the decode batch begins                                 (rows)
+    5. the tokens of the step before, meanwhile computed, become text           (sequence, text)
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlops.checkpoints import Checkpoint, check_adapter_fits
+from mlops.engine import kv
+from mlops.engine.adapter_loading import AdapterLoader
+from mlops.engine.config import EngineConfig
+from mlops.engine.layout import MEMORY_SHARE
+from mlops.engine.loading import LoadedModel
+from mlops.engine.owner import (
+    in_owner,
+    is_stopping,
+    run_in_owner,
+    submit_to_owner,
+)
+from mlops.engine.prefill import new_caches, prefill
+from mlops.engine.prefix import PrefixCache
+from mlops.engine.request import GenerationRequest
+from mlops.engine.residency import AdapterRegistry
+from mlops.engine.rows import DecodeBatch, Step
+from mlops.engine.scheduler import Admission, Scheduler, share_prefill
+from mlops.engine.sequence import (
+    Generation,
+    GenerationResult,
+    Sequence,
+    TokenLogprobs,
+    wake_readers,
+)
+from mlops.engine.statistics import EngineStatistics
+from mlops.engine.text import TextBuilder
+from mlops.errors import (
+    DeadlineExceededError,
+    EngineError,
+    EngineShutdownError,
+    InvalidRequestError,
+    MLOpsError,
+)
+from mlops.hardware import detect
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+LEAST_FREE_BYTES = 64 * MIB
+PREFILL_TOKENS = {"cpu": 256, "gpu": 2048}
+"""Prompt tokens of one step: what a device computes in about the time of a few decode steps."""
+
+WAITING_POLL_S = 0.02
+"""How often requests are looked at that wait for an adapter while nothing is computed."""
+
+CACHE_SHARE, PREFIX_SHARE, ADAPTER_SHARE = 0.5, 0.15, 0.15
+"""Of the memory that the weights leave free: running requests, prefix cache, adapters."""
+
+
+_Namespace = tuple[str | None, Any, str]
+"""What cached state depends on besides the tokens: model digest, adapter key, tenant salt."""
+
+
+class Engine:
+    """Text generation for one loaded model. Every public method may be called from any thread."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        free = _free_bytes(config.memory_bytes)
+        self.loaded = loaded
+        self.config = config
+        self.max_rows = config.max_rows if loaded.can_batch else 1
+        self._statistics = EngineStatistics()
+        self._budget = _or(config.cache_memory_bytes, int(free * CACHE_SHARE))
+        self._prefill_tokens = config.prefill_tokens or PREFILL_TOKENS[loaded.device]
+        self._scheduler = Scheduler(config.max_waiting)
+        prefix_bytes = _or(config.prefix_memory_bytes, int(free * PREFIX_SHARE))
+        self._keeps_prefixes = prefix_bytes > 0
+        self._prefix = PrefixCache(prefix_bytes)
+        self.adapters = AdapterRegistry(
+            budget_bytes=_or(config.adapter_memory_bytes, int(free * ADAPTER_SHARE)),
+            max_resident=config.max_resident_adapters,
+        )
+        self._loader = AdapterLoader(
+            self.adapters, loaded.banks, finish_step=self._finish_step, wake=self._schedule
+        )
+        self._end_tokens = frozenset(loaded.tokenizer.eos_token_ids)
+        self._batch = self._new_batch()
+        self._prefilling: list[Sequence] = []
+        self._in_flight: Step | None = None
+        self._lock = threading.Lock()
+        self._is_scheduled = False
+        self._is_closed = False
+        self._idle = threading.Event()
+        self._idle.set()
+
+    # What clients call.
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue one request; returns at once.
+
+        Raises:
+            AdapterNotFoundError: no adapter has the request's name.
+            InvalidRequestError: it can never fit the memory for caches.
+            QueueFullError: too many requests wait.
+            EngineShutdownError: the engine is closed.
+        """
+        self._check_memory(request)
+        adapter = None if request.adapter is None else self.adapters.acquire(request.adapter)
+        generation = Generation()
+        end_tokens = frozenset() if request.ignore_eos else self._end_tokens
+        sequence = Sequence(
+            request,
+            generation,
+            adapter,
+            TextBuilder(self.loaded.tokenizer.detokenizer, request.stop),
+            end_tokens | frozenset(request.stop_token_ids),
+        )
+        try:
+            with self._lock:
+                if self._is_closed:
+                    raise EngineShutdownError("the engine is closed")
+                self._scheduler.add(sequence)
+                self._idle.clear()
+        except EngineError:
+            if adapter is not None:
+                self.adapters.release(adapter)
+            raise
+        self._statistics.on_submit(request.adapter)
+        self._schedule()
+        return generation
+
+    def wait(self, generation: Generation) -> GenerationResult:
+        """The result of a generation; the owner thread, which nobody else can, runs the steps.
+
+        Raises:
+            EngineError: what ended it.
+        """
+        while in_owner() and not generation.future.done():
+            self._guarded_step()
+        return generation.result()
+
+    def add_adapter(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        *,
+        digest: str | None = None,
+        verify: Callable[[], None] | None = None,
+        is_pinned: bool = False,
+    ) -> None:
+        """Make an adapter known; it is loaded when a request first names it, or by `preload`.
+
+        The same name again replaces it: requests under way finish with the old one.
+
+        Args:
+            digest: part of the prefix cache's key.
+            verify: checks its files, in a thread of its own, each time before they are loaded.
+            is_pinned: once loaded it stays.
+
+        Raises:
+            PackagingError: it is not an adapter, or belongs to another base model.
+            EngineError: the name cannot be used.
+        """
+        check_adapter_fits(checkpoint, self.loaded.checkpoint)
+        self.adapters.register(
+            name,
+            checkpoint,
+            num_bytes=self.loaded.banks.num_bytes(checkpoint),
+            digest=digest,
+            verify=verify,
+            pin=is_pinned,
+        )
+        self._schedule()  # the one that it replaced may have no users
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way finish with it.
+
+        Raises:
+            AdapterNotFoundError: there is none of this name.
+        """
+        self.adapters.unregister(name)
+        self._schedule()
+
+    def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
+        """Keep an adapter in memory from its next use on, or let it go again.
+
+        Raises:
+            AdapterNotFoundError: there is none of this name.
+        """
+        self.adapters.pin(name, is_pinned)
+
+    def preload(self) -> None:
+        """Load adapters in the order of their registration, as long as there is room.
+
+        Raises:
+            MLOpsError: one of them is damaged or cannot be used.
+        """
+        self._loader.preload()
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts and sums since the start, in JSON types. Never waits for a step."""
+        snapshot = self._statistics.snapshot()
+        return {
+            **snapshot,
+            "batch_sizes": snapshot["steps"]["by_rows"],
+            "running": len(self._batch.sequences) + len(self._prefilling),
+            "waiting": self._scheduler.num_waiting,
+            "max_rows": self.max_rows,
+            "cache": {"bytes": self._batch.num_bytes, "budget_bytes": self._budget},
+            "prefix_cache": self._prefix.describe(),
+            "resident_adapters": self.adapters.describe(),
+        }
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, let those under way finish for `drain_s`, end the others.
+
+        Requests that are still there then fail with `EngineShutdownError`. Does nothing the second
+        time.
+        """
+        with self._lock:
+            self._is_closed = True
+        if drain_s > 0:
+            self._idle.wait(drain_s)
+        run_in_owner(self._end_all, EngineShutdownError("the engine is closed"))
+
+    # The chain of steps, in the owner thread.
+
+    def _schedule(self) -> None:
+        with self._lock:
+            if self._is_scheduled:
+                return
+            self._is_scheduled = True
+        try:
+            submit_to_owner(self._run_step)
+        except EngineShutdownError as exc:  # the interpreter exits: nobody will compute this
+            with self._lock:
+                waiting = self._scheduler.remove(lambda _: True)
+            for sequence in waiting:
+                sequence.fail(exc)
+                self._close(sequence)
+
+    def _run_step(self) -> None:
+        with self._lock:
+            self._is_scheduled = False
+        self._guarded_step()
+        if self._prefilling or self._batch.sequences or self._in_flight:
+            self._schedule()
+            return
+        with self._lock:
+            is_waiting = self._scheduler.num_waiting > 0
+            if not is_waiting:
+                self._idle.set()
+        if is_waiting:  # for an adapter that is being verified; meanwhile one may be cancelled
+            timer = threading.Timer(WAITING_POLL_S, self._schedule)
+            timer.daemon = True
+            timer.start()
+
+    def _guarded_step(self) -> None:
+        try:
+            self._step()
+        except BaseException as exc:  # whatever it was, those who wait are told, and it goes on
+            logger.exception("a step of the engine failed")
+            self._end_all(_as_engine_error(exc))
+
+    def _step(self) -> None:
+        if is_stopping():
+            self._end_all(EngineShutdownError("the interpreter is exiting; generation has ended"))
+            return
+        self._drop_unwanted()
+        self._leave()
+        if gone := self._loader.unload_drained():
+            self._prefix.drop(lambda namespace: cast("_Namespace", namespace)[1] not in gone)
+        self._admit()
+        self._prefill()
+        before, self._in_flight = self._in_flight, None
+        self._in_flight = self._decode()
+        if before is not None:
+            self._take_tokens(before)
+
+    def _drop_unwanted(self) -> None:
+        """End what is cancelled or out of time, wherever it is."""
+        now = time.monotonic()
+        with self._lock:
+            dropped = self._scheduler.remove(lambda sequence: _is_unwanted(sequence, now))
+        dropped += [one for one in self._prefilling if _is_unwanted(one, now)]
+        running = [one for one in self._batch.sequences if _is_unwanted(one, now)]
+        self._prefilling = [one for one in self._prefilling if one not in dropped]
+        for sequence in dropped + running:
+            if not sequence.is_finished:
+                _end_unwanted(sequence)
+                self._close(sequence)
+
+    def _leave(self) -> None:
+        """Free the rows of what is finished or has drawn its last token."""
+        batch = self._batch
+        leaving = [one for one in batch.sequences if one.is_finished or one.has_drawn_all]
+        if not leaving:
+            return
+        for sequence in leaving:
+            if self._keeps_prefixes and sequence.error is None and not sequence.is_cancelled:
+                self._keep(sequence, batch.take(sequence))
+        batch.leave(leaving)
+
+    def _admit(self) -> None:
+        limit = self.max_rows
+        if self.config.row_limit is not None:
+            limit = max(1, min(limit, self.config.row_limit()))
+        active = [*self._batch.sequences, *self._prefilling]
+        with self._lock:
+            heads = self._scheduler.heads(active)[: max(0, limit - len(active))]
+        if not heads:
+            return
+        self._loader.load_for(heads, active)
+        self._fail_without_adapter()
+        lengths = [sequence.max_length for sequence in active]
+
+        def can_admit(sequence: Sequence) -> Admission:
+            if not self._loader.can_use(sequence.adapter):
+                return Admission.NOT_YET
+            if self._cost(len(lengths) + 1, max(sequence.max_length, *lengths, 0)) > self._budget:
+                return Admission.STOP
+            lengths.append(sequence.max_length)
+            return Admission.YES
+
+        with self._lock:
+            admitted = self._scheduler.admit(active, limit, can_admit)
+        for sequence in admitted:
+            sequence.started_s = time.monotonic()
+            self._find_prefix(sequence)
+        self._prefilling += admitted
+
+    def _fail_without_adapter(self) -> None:
+        with self._lock:
+            failed = self._scheduler.remove(lambda one: self._loader.has_failed(one.adapter))
+        for sequence in failed:
+            adapter = sequence.adapter
+            sequence.fail((adapter and adapter.error) or EngineError("its adapter has failed"))
+            self._close(sequence)
+
+    def _prefill(self) -> None:
+        shares = share_prefill(self._prefilling, self._prefill_tokens)
+        if not self.loaded.can_batch:
+            shares = shares[:1]
+        # Caches that are empty and caches that are not cannot be merged by mlx-lm.
+        for is_begun in (True, False):
+            group = [(one, size) for one, size in shares if (one.num_prefilled > 0) is is_begun]
+            if group:
+                self._prefill_group(group)
+        ready = [one for one in self._prefilling if one.num_to_prefill <= 0]
+        if ready:
+            self._prefilling = [one for one in self._prefilling if one.num_to_prefill > 0]
+            try:
+                self._batch.join(ready)
+            except BaseException as exc:
+                self._fail(exc, [*ready, *self._batch.sequences], "joining the batch")
+                self._reset_batch()
+
+    def _prefill_group(self, group: Many[tuple[Sequence, int]]) -> None:
+        sequences = [sequence for sequence, _ in group]
+        banks = self.loaded.banks
+        try:
+            tokens = [
+                one.request.prompt[one.num_prefilled : one.num_prefilled + size]
+                for one, size in group
+            ]
+            banks.use(banks.select([sequence.slot for sequence in sequences]))
+            try:
+                caches = prefill(self.loaded.model, [one.caches for one in sequences], tokens)
+            finally:
+                banks.use(None)
+        except BaseException as exc:
+            self._fail(exc, sequences, "computing a prompt")
+            self._prefilling = [one for one in self._prefilling if not one.is_finished]
+            return
+        self._statistics.on_prefill(sum(size for _, size in group))
+        for (sequence, size), of_sequence in zip(group, caches, strict=True):
+            sequence.caches = of_sequence
+            sequence.num_prefilled += size
+            if sequence.num_to_prefill == 0 and self._keeps_prefixes:
+                self._remember(sequence, sequence.num_prefilled, kv.compact(sequence.caches))
+
+    def _decode(self) -> Step | None:
+        batch = self._batch
+        if not batch.sequences:
+            return None
+        try:
+            step = batch.step()
+        except BaseException as exc:
+            self._fail(exc, batch.sequences, "a decode step")
+            self._reset_batch()
+            return None
+        self._statistics.on_step(len(step.sequences), batch.num_adapters)
+        return step
+
+    def _take_tokens(self, step: Step) -> None:
+        """Wait for a step, and give its tokens to their sequences."""
+        try:
+            tokens = cast("list[int]", step.draw.tokens.tolist())
+            logprobs = _read_logprobs(step, tokens)
+        except BaseException as exc:
+            self._fail(exc, [*step.sequences, *self._batch.sequences], "a decode step")
+            self._reset_batch()
+            self._in_flight = None
+            return
+        generations = []
+        for sequence, token, of_token in zip(step.sequences, tokens, logprobs, strict=True):
+            was_finished = sequence.is_finished  # by a stop that the step did not know of
+            if was_finished:
+                continue
+            try:
+                sequence.add(token, of_token)
+            except BaseException as exc:  # tokenizers panics with what is no Exception
+                logger.exception("a token could not be turned into text")
+                sequence.fail(EngineError(f"token {token} cannot be turned into text: {exc}"))
+            if sequence.is_finished:
+                self._close(sequence)
+            elif sequence.generation.is_streamed:
+                sequence.publish()
+                generations.append(sequence.generation)
+        if generations:
+            wake_readers(generations)
+
+    def _close(self, sequence: Sequence) -> None:
+        """Give back what the sequence held and tell the client the end; once for each."""
+        kept, sequence.kept, sequence.caches = sequence.kept, None, None
+        try:
+            if kept is not None and sequence.error is None:
+                self._remember(sequence, sequence.num_computed, kept)
+            if sequence.adapter is not None:
+                self.adapters.release(sequence.adapter)
+            submitted_s, now = sequence.submitted_s, time.monotonic()
+            started_s, first_token_s = sequence.started_s, sequence.first_token_s
+            self._statistics.on_finish(
+                sequence.request.adapter,
+                sequence.finish_reason or "error",
+                prompt_tokens=len(sequence.request.prompt),
+                completion_tokens=len(sequence.tokens),
+                queue_s=None if started_s is None else started_s - submitted_s,
+                first_token_s=None if first_token_s is None else first_token_s - submitted_s,
+                total_s=now - submitted_s,
+            )
+        finally:
+            sequence.publish()
+            wake_readers([sequence.generation])
+
+    def _finish_step(self) -> None:
+        step, self._in_flight = self._in_flight, None
+        if step is not None:
+            self._take_tokens(step)
+
+    # Prefixes.
+
+    def _namespace(self, sequence: Sequence) -> _Namespace:
+        key = None if sequence.adapter is None else sequence.adapter.key
+        return self.loaded.digest, key, sequence.request.cache_salt
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        """Begin with what an earlier request computed, as far as the prompts are the same."""
+        match = None
+        if self._keeps_prefixes and sequence.num_to_prefill > 0:
+            match = self._prefix.find(self._namespace(sequence), sequence.request.prompt[:-1])
+        if match is None:
+            sequence.caches = new_caches(self.loaded.model)
+            return
+        sequence.caches = kv.cut(match.value, match.num_tokens)
+        sequence.num_prefilled = sequence.num_cached = match.num_tokens
+        self._statistics.on_cached(match.num_tokens)
+
+    def _keep(self, sequence: Sequence, caches: kv.Caches) -> None:
+        """Keep a copy of a row for the prefix cache until all of its tokens are known."""
+        # Before the next step is built: until then nothing else may hold the rectangle.
+        kv.begin_computing([caches])
+        if sequence.is_finished:
+            self._remember(sequence, sequence.num_computed, caches)
+        else:
+            sequence.kept = caches
+
+    def _remember(self, sequence: Sequence, num_tokens: int, caches: kv.Caches) -> None:
+        """Offer the state after the first `num_tokens` tokens to later requests."""
+        kv.begin_computing([caches])
+        self._prefix.add(
+            self._namespace(sequence),
+            sequence.all_tokens[:num_tokens],
+            caches,
+            num_bytes=sum(cache.nbytes for cache in caches),
+            can_cut=kv.can_cut(caches),
+        )
+
+    # Memory.
+
+    def _cost(self, num_rows: int, num_tokens: int) -> int:
+        """Bytes of a batch whose longest row has `num_tokens`: rows are as wide as the longest."""
+        return num_rows * self.loaded.trial.cache_cost.num_bytes(num_tokens)
+
+    def _check_memory(self, request: GenerationRequest) -> None:
+        needed = self._cost(1, len(request.prompt) + request.max_tokens)
+        if needed > self._budget:
+            raise InvalidRequestError(
+                f"max_tokens is {request.max_tokens}; with this prompt of {len(request.prompt)} "
+                f"tokens the request may need {_mib(needed)} MiB of cache, and the engine has "
+                f"{_mib(self._budget)} MiB",
+                "max_tokens",
+            )
+
+    # Ends and failures.
+
+    def _fail(self, exc: BaseException, sequences: Many[Sequence], doing: str) -> None:
+        """End what a failure touched; the others go on."""
+        error = _as_engine_error(exc)
+        unfinished = {id(one): one for one in sequences if not one.is_finished}
+        logger.error("%s failed for %d requests", doing, len(unfinished), exc_info=exc)
+        for sequence in unfinished.values():
+            sequence.fail(error)
+            self._close(sequence)
+        del exc
+        _free_memory()
+
+    def _reset_batch(self) -> None:
+        self._batch = self._new_batch()
+
+    def _new_batch(self) -> DecodeBatch:
+        return DecodeBatch(
+            self.loaded.model,
+            self.loaded.banks,
+            self.loaded.trial.num_logits,
+            self.max_rows,
+            self.loaded.can_batch,
+        )
+
+    def _end_all(self, error: Exception) -> None:
+        with self._lock:
+            sequences = self._scheduler.remove(lambda _: True)
+        sequences += [*self._prefilling, *self._batch.sequences]
+        if self._in_flight is not None:
+            sequences += [one for one in self._in_flight.sequences if one not in sequences]
+        self._in_flight = None
+        self._prefilling = []
+        self._reset_batch()
+        for sequence in sequences:
+            if not sequence.is_finished:
+                sequence.fail(error)
+                self._close(sequence)
+        with self._lock:
+            self._idle.set()
+
+
+def _is_unwanted(sequence: Sequence, now: float) -> bool:
+    deadline_s = sequence.request.deadline_s
+    return sequence.generation.is_cancelled or (deadline_s is not None and now >= deadline_s)
+
+
+def _end_unwanted(sequence: Sequence) -> None:
+    if sequence.generation.is_cancelled:
+        sequence.finish("cancelled")
+        return
+    sequence.fail(
+        DeadlineExceededError(
+            f"the time for this request is over after {len(sequence.tokens)} of at most "
+            f"{sequence.request.max_tokens} tokens"
+        )
+    )
+
+
+def _read_logprobs(step: Step, tokens: Many[int]) -> list[TokenLogprobs | None]:
+    """Each row's log-probabilities, for those rows that asked for them."""
+    drawn = step.draw.logprobs
+    if drawn is None:
+        return [None] * len(tokens)
+    chosen: Any = drawn.chosen.tolist()
+    top_ids: Any = drawn.top_ids.tolist()
+    top_logprobs: Any = drawn.top_logprobs.tolist()
+    found: list[TokenLogprobs | None] = []
+    for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
+        wanted = sequence.request.logprobs
+        if wanted is None:
+            found.append(None)
+            continue
+        top = zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)
+        found.append(TokenLogprobs(token, chosen[row], tuple(top)))
+    return found
+
+
+def _as_engine_error(exc: BaseException) -> Exception:
+    if isinstance(exc, MLOpsError):
+        return exc
+    return EngineError(f"generation failed: {type(exc).__name__}: {exc}")
+
+
+def _free_bytes(memory_bytes: int | None) -> int:
+    """Memory that the weights leave free, of what this process may use."""
+    if memory_bytes is None:
+        memory_bytes = int(detect().memory_bytes * MEMORY_SHARE)
+    return max(LEAST_FREE_BYTES, memory_bytes - mx.get_active_memory())
+
+
+def _free_memory() -> None:
+    gc.collect()
+    mx.clear_cache()
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _mib(num_bytes: int) -> int:
+    return -(-num_bytes // MIB)

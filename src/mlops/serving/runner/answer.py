@@ -1,0 +1,118 @@
+"""One request under way: its choices, as chunks of text or as the whole prediction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from mlops import engine
+from mlops.serving.runner.base import Prediction, TextChunk
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that the engine has taken.
+
+    Attributes:
+        request: what was asked, with its token ids.
+        generations: one for each choice.
+    """
+
+    request: engine.GenerationRequest
+    generations: list[engine.Generation] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Give all choices up."""
+        for generation in self.generations:
+            generation.cancel()
+
+
+class Answer:
+    """See `mlops.serving.runner.base.Generating`.
+
+    Args:
+        prepared: the request, once its prompt is tokenized and it is submitted.
+        to_prediction: makes the answer of the results of all choices.
+    """
+
+    def __init__(
+        self,
+        prepared: Future[Prepared],
+        to_prediction: Callable[[Prepared, Sequence[engine.GenerationResult]], Prediction],
+    ) -> None:
+        self._prepared = prepared
+        self._to_prediction = to_prediction
+
+    def cancel(self) -> None:
+        """End it at the next step. From any thread, any number of times, also when it is over."""
+        if not self._prepared.cancel():
+            self._prepared.add_done_callback(_cancel_generations)
+
+    async def chunks(self) -> AsyncGenerator[TextChunk]:
+        """Every piece of text as it comes; see `Generating.chunks`."""
+        prepared = await _wait_for(self._prepared)
+        if len(prepared.generations) == 1:
+            async with contextlib.aclosing(prepared.generations[0].events()) as events:
+                async for event in events:
+                    yield _to_chunk(0, event)
+            return
+        async with contextlib.aclosing(_merge(prepared.generations)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def prediction(self) -> Prediction:
+        """The whole answer; see `Generating.prediction`."""
+        prepared = await _wait_for(self._prepared)
+        results = [await _wait_for(one.future) for one in prepared.generations]
+        return self._to_prediction(prepared, results)
+
+
+async def _merge(generations: Sequence[engine.Generation]) -> AsyncGenerator[TextChunk]:
+    """The chunks of several choices, each as it comes."""
+    # One chunk of room: what a slow reader does not take is put together by the generations.
+    ready: asyncio.Queue[TextChunk | Exception | None] = asyncio.Queue(1)
+
+    async def read(index: int, generation: engine.Generation) -> None:
+        try:
+            async with contextlib.aclosing(generation.events()) as events:
+                async for event in events:
+                    await ready.put(_to_chunk(index, event))
+            await ready.put(None)
+        except Exception as exc:
+            await ready.put(exc)
+
+    readers = [asyncio.create_task(read(*one)) for one in enumerate(generations)]
+    try:
+        num_open = len(readers)
+        while num_open:
+            chunk = await ready.get()
+            if isinstance(chunk, Exception):
+                raise chunk
+            if chunk is None:
+                num_open -= 1
+            else:
+                yield chunk
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def _wait_for(future: Future[Result]) -> Result:
+    """Wait for a future that others wait for too: to be cancelled here does not cancel it."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def _cancel_generations(prepared: Future[Prepared]) -> None:
+    if not prepared.cancelled() and prepared.exception() is None:
+        prepared.result().cancel()
+
+
+def _to_chunk(index: int, event: engine.GenerationEvent) -> TextChunk:
+    return TextChunk(index, event.text, event.tokens, event.finish_reason, event.logprobs or None)
