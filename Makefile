@@ -14,7 +14,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo serve test check format bench lock clean
+.PHONY: help setup reference demo serve test check format bench lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,13 +22,16 @@ help: ## this list
 setup: ## install everything into this folder; PYTHON=python3.12 for another Python
 	@tools/setup "$(PYTHON)"
 
+reference: setup ## torch and PEFT, which the tests compare adapters with; about 0.2 GB to download
+	@tools/setup-reference
+
 demo: setup ## train two adapters, package, serve and ask them; MODEL=folder-or-hub-id for your own
 	@mlops demo $(if $(MODEL),--model "$(MODEL)")
 
 serve: setup ## the demo's service, left running until Ctrl-C
 	@mlops demo $(if $(MODEL),--model "$(MODEL)") --keep-serving
 
-test: setup ## all tests
+test: setup reference ## all tests
 	@python -m pytest
 
 check: setup ## lint, format, types, layers

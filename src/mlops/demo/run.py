@@ -1,7 +1,7 @@
 """The demo: fine-tune two adapters, track, package, serve, ask, and say what happened.
 
     base model -> two LoRA adapters (mlx-lm's trainer, tracked in MLflow)
-    -> store entries and one Bento -> `bentoml serve` -> questions over HTTP -> summary
+    -> store entries and one Bento -> `bentoml serve` -> questions over HTTP, all at once -> summary
 
 Everything lies in one folder, `.demo` by default. A second run finds the trained adapters there.
 """
@@ -9,10 +9,13 @@ Everything lies in one folder, `.demo` by default. A second run finds the traine
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +29,7 @@ from rich.text import Text
 from mlops.demo import service
 from mlops.demo.lessons import LESSONS
 from mlops.demo.training import Recipe, train_adapter
+from mlops.errors import ServiceError
 
 if TYPE_CHECKING:
     from mlops.client import TrackingClient
@@ -80,8 +84,11 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:
         console.status(f"bentoml serve {result['bento_tag']} …") as status,
         service.served(result["bento_tag"], home, folder / "serve.log", port) as url,
     ):
-        console.print(_ask(url, status))
+        status.update("asking all at once …")
+        answers = _ask(url)
         status.stop()
+        console.print(answers)
+        _say_how_they_ran(console, service.metrics(url)["engine"]["steps"])
         _say_how_to_go_on(console, folder, tracking_uri, result["bento_tag"])
         console.print(f"done in {time.perf_counter() - start:.0f} s", style="green")
         if keep_serving:
@@ -116,28 +123,54 @@ def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dic
     return adapters
 
 
-def _ask(url: str, status: Any) -> Table:
-    """The same questions to the base and to each adapter."""
+def _ask(url: str) -> Table:
+    """The same questions to the base and to each adapter, all at the same time."""
+    names = ("base", *(lesson.name for lesson in LESSONS))
+    asked = list(itertools.product(QUESTIONS, names))
+
+    def ask(question: str, name: str) -> str:
+        answer = service.ask(url, text=question, adapter=name, max_tokens=80, temperature=0)
+        return str(answer["prediction"]).strip()
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: ask(*one), asked))
     table = Table(show_lines=True)
     table.add_column("question")
     table.add_column("asked")
     table.add_column("answer", overflow="fold")
-    for question in QUESTIONS:
-        for name in ("base", *(lesson.name for lesson in LESSONS)):
-            status.update(f"asking {name} …")
-            adapter = {} if name == "base" else {"adapter": name}
-            answer = service.ask(url, text=question, max_tokens=80, temperature=0, **adapter)
-            # Text, so that brackets in an answer are not taken for markup.
-            said = Text(answer["prediction"].strip())
-            table.add_row(question if name == "base" else "", name, said)
+    for (question, name), answer in zip(asked, answers, strict=True):
+        # Text, so that brackets in an answer are not taken for markup.
+        table.add_row(question if name == "base" else "", name, Text(answer))
     return table
+
+
+def _say_how_they_ran(console: Console, steps: Mapping[str, Any]) -> None:
+    """Show from the engine's own counters that they shared their steps.
+
+    Raises:
+        ServiceError: they did not.
+    """
+    most = max(map(int, steps["by_adapters"]), default=0)
+    if most <= len(LESSONS):
+        raise ServiceError(
+            f"no step computed the base and {len(LESSONS)} adapters together: {steps}", "demo"
+        )
+    console.print(
+        f"{len(QUESTIONS) * most} requests in one batch: of {steps['decode']} steps, "
+        f"{steps['mixed']} computed several adapters at once, {steps['by_adapters'][str(most)]} of "
+        f"them the base and all {most - 1} adapters. Rows in a step, and how many steps:"
+    )
+    table = Table("rows", "steps", "", box=None, padding=(0, 1))
+    for rows, number in steps["by_rows"].items():
+        table.add_row(rows, str(number), "█" * max(1, round(40 * number / steps["decode"])))
+    console.print(table)
 
 
 def _say_how_to_go_on(console: Console, folder: Path, tracking_uri: str, bento_tag: str) -> None:
     home = _short(folder / "bentoml")
     console.print(
-        "One base model in memory answered as itself and through two small adapters. Every byte "
-        "of them was checked against its SHA-256 before it was served.\n"
+        "\nOne base model in memory answered as itself and through two small adapters, all in one "
+        "batch. Every byte was checked against its SHA-256 before it was served.\n"
     )
     console.print("Go on with:")
     for command in (
@@ -145,6 +178,7 @@ def _say_how_to_go_on(console: Console, folder: Path, tracking_uri: str, bento_t
         "mlops models list",
         f"mlops serve {bento_tag}",
         'mlops predict "What is a list?" --adapter json',
+        "curl localhost:3000/metrics",
         f"mlflow ui --backend-store-uri {tracking_uri}   # pip install 'mlx-mlops[mlflow]'",
     ):
         console.print(f"  {command}", soft_wrap=True)

@@ -60,19 +60,33 @@ def ask(url: str, **body: Any) -> dict[str, Any]:
     Raises:
         ServiceError: the service refused; carries what it said.
     """
-    request = urllib.request.Request(  # noqa: S310 - the address is our own, on loopback
-        f"{url}/predict",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+    return _fetch(
+        urllib.request.Request(  # noqa: S310 - the address is our own, on loopback
+            f"{url}/predict",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
     )
+
+
+def metrics(url: str) -> dict[str, Any]:
+    """`GET /metrics`, as JSON.
+
+    Raises:
+        ServiceError: the service does not answer.
+    """
+    return _fetch(urllib.request.Request(f"{url}/metrics"))  # noqa: S310 - on loopback
+
+
+def _fetch(request: urllib.request.Request) -> dict[str, Any]:
     try:
         with _DIRECTLY.open(request, timeout=120) as response:
             answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as exc:
         said = exc.read().decode(errors="replace")
-        raise ServiceError(f"the service answered {exc.code}: {said}", "predict") from exc
+        raise ServiceError(f"the service answered {exc.code}: {said}", "demo") from exc
     except OSError as exc:
-        raise ServiceError(f"the service at {url} does not answer: {exc}", "predict") from exc
+        raise ServiceError(f"{request.full_url} does not answer: {exc}", "demo") from exc
     return answer
 
 

@@ -7,17 +7,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import queue
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlops.engine.banks import AdapterBanks
-from mlops.engine.owner import run_in_owner, submit_to_owner, to_exception
+from mlops.engine.owner import run_in_owner, to_exception
 from mlops.engine.residency import Adapter, AdapterRegistry, AdapterState
 from mlops.engine.sequence import Sequence
-from mlops.errors import EngineError, EngineShutdownError, MLOpsError
+from mlops.errors import EngineError, MLOpsError
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +43,46 @@ class AdapterLoader:
         self._banks = banks
         self._finish_step = finish_step
         self._wake = wake
-        self._draining: frozenset[Adapter] = frozenset()
+        self._verified: queue.SimpleQueue[tuple[Adapter, Exception | None]] = queue.SimpleQueue()
+        self._drains: tuple[Adapter, frozenset[Adapter]] | None = None  # for whom who must leave
 
     def can_use(self, adapter: Adapter | None) -> bool:
         """True when a request for it may get a row now; None is the base model."""
         if adapter is None:
             return True
-        return adapter.state is AdapterState.RESIDENT and adapter not in self._draining
+        is_draining = self._drains is not None and adapter in self._drains[1]
+        return adapter.state is AdapterState.RESIDENT and not is_draining
 
     def has_failed(self, adapter: Adapter | None) -> bool:
         """True when it could not be loaded."""
         return adapter is not None and adapter.state is AdapterState.FAILED
 
     def load_for(self, heads: Iterable[Sequence], active: Iterable[Sequence]) -> None:
-        """Begin to load what the requests need that are next.
+        """Begin to load what the requests need that are next, the first of them first.
 
-        Where only adapters with rows could make room, these get no further rows until they have.
+        Where only adapters with rows could make room, these get no further rows until they have,
+        and nothing later is loaded: it would take the room that is being made.
         """
         in_use = {one.adapter for one in active if one.adapter is not None}
-        self._draining = frozenset()
+        drains, self._drains = self._drains, None
+        claimed: set[Adapter] = set()  # by requests that are sooner, though they have no rows yet
         for sequence in heads:
             adapter = sequence.adapter
-            if adapter is not None and adapter.state is AdapterState.REGISTERED:
-                self._begin(adapter, in_use)
+            if adapter is None:
+                continue
+            if adapter.state is AdapterState.REGISTERED and not self._try_begin(
+                adapter,
+                in_use,
+                claimed,
+                drains[1] if drains and drains[0] is adapter else frozenset(),
+            ):
+                return
+            claimed.add(adapter)
+
+    def finish_loading(self) -> None:
+        """Load what has been verified since the last call."""
+        while not self._verified.empty():
+            self._load(*self._verified.get())
 
     def unload_drained(self) -> list[tuple[Any, ...]]:
         """Unload what was replaced or removed and has no users; gives their keys."""
@@ -92,15 +109,26 @@ class AdapterLoader:
             finally:
                 self._registry.release(adapter)
 
-    def _begin(self, adapter: Adapter, in_use: set[Adapter]) -> None:
+    def _try_begin(
+        self,
+        adapter: Adapter,
+        in_use: set[Adapter],
+        claimed: set[Adapter],
+        draining: frozenset[Adapter],
+    ) -> bool:
+        """Begin to load an adapter; False means that there is no room yet."""
         try:
-            room = self._registry.make_room(adapter, in_use)
+            room = self._registry.make_room(adapter, in_use | claimed)
         except EngineError as exc:
             self._registry.mark_failed(adapter, exc)
-            return
+            return True
+        if claimed.intersection(room.drain):
+            return False
         if room.drain:
-            self._draining |= frozenset(room.drain)
-            return
+            # Those chosen before stay chosen, or new requests could keep all of them busy.
+            stays = not draining.isdisjoint(in_use) and not any(one.is_pinned for one in draining)
+            self._drains = adapter, draining if stays else frozenset(room.drain)
+            return False
         for other in room.evict:
             self._evict(other)
         self._registry.mark_loading(adapter)
@@ -110,6 +138,7 @@ class AdapterLoader:
             threading.Thread(
                 target=self._verify, args=(adapter,), name="mlops-verify-adapter", daemon=True
             ).start()
+        return True
 
     def _verify(self, adapter: Adapter) -> None:
         error = None
@@ -118,9 +147,8 @@ class AdapterLoader:
                 adapter.verify()
         except BaseException as exc:
             error = to_exception(exc)
-        with contextlib.suppress(EngineShutdownError):  # the interpreter exits
-            submit_to_owner(self._load, adapter, error)
-            self._wake()
+        self._verified.put((adapter, error))
+        self._wake()
 
     def _try_load(self, adapter: Adapter) -> bool:
         """Load an adapter unless others would have to go for it; False means that it is full."""

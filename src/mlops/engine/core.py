@@ -11,15 +11,18 @@ else that needs MLX take turns. Each step:
     3. prompts are computed for a budget of tokens                              (prefill)
     4. the next step of the decode batch begins                                 (rows)
     5. the tokens of the step before, meanwhile computed, become text           (sequence, text)
+
+Where prompts are computed, 5 comes before 3.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from typing import Any, cast
 
@@ -92,9 +95,8 @@ class Engine:
         self._budget = _or(config.cache_memory_bytes, int(free * CACHE_SHARE))
         self._prefill_tokens = config.prefill_tokens or PREFILL_TOKENS[loaded.device]
         self._scheduler = Scheduler(config.max_waiting)
-        prefix_bytes = _or(config.prefix_memory_bytes, int(free * PREFIX_SHARE))
-        self._keeps_prefixes = prefix_bytes > 0
-        self._prefix = PrefixCache(prefix_bytes)
+        self._prefix_bytes = _or(config.prefix_memory_bytes, int(free * PREFIX_SHARE))
+        self._prefix = PrefixCache(self._prefix_bytes)
         self.adapters = AdapterRegistry(
             budget_bytes=_or(config.adapter_memory_bytes, int(free * ADAPTER_SHARE)),
             max_resident=config.max_resident_adapters,
@@ -108,6 +110,7 @@ class Engine:
         self._in_flight: Step | None = None
         self._lock = threading.Lock()
         self._is_scheduled = False
+        self._is_polling = False
         self._is_closed = False
         self._idle = threading.Event()
         self._idle.set()
@@ -156,6 +159,8 @@ class Engine:
         """
         while in_owner() and not generation.future.done():
             self._guarded_step()
+            if not self._is_computing:
+                time.sleep(WAITING_POLL_S)
         return generation.result()
 
     def add_adapter(
@@ -244,6 +249,10 @@ class Engine:
 
     # The chain of steps, in the owner thread.
 
+    @property
+    def _is_computing(self) -> bool:
+        return bool(self._prefilling or self._batch.sequences or self._in_flight)
+
     def _schedule(self) -> None:
         with self._lock:
             if self._is_scheduled:
@@ -262,17 +271,25 @@ class Engine:
         with self._lock:
             self._is_scheduled = False
         self._guarded_step()
-        if self._prefilling or self._batch.sequences or self._in_flight:
+        if self._is_computing or self.adapters.drained():
             self._schedule()
             return
         with self._lock:
-            is_waiting = self._scheduler.num_waiting > 0
-            if not is_waiting:
+            if self._scheduler.num_waiting == 0:
                 self._idle.set()
-        if is_waiting:  # for an adapter that is being verified; meanwhile one may be cancelled
-            timer = threading.Timer(WAITING_POLL_S, self._schedule)
-            timer.daemon = True
-            timer.start()
+                return
+            if self._is_polling:
+                return
+            self._is_polling = True
+        # They wait for an adapter that is being verified; meanwhile one may be cancelled.
+        timer = threading.Timer(WAITING_POLL_S, self._poll)
+        timer.daemon = True
+        timer.start()
+
+    def _poll(self) -> None:
+        with self._lock:
+            self._is_polling = False
+        self._schedule()
 
     def _guarded_step(self) -> None:
         try:
@@ -280,16 +297,19 @@ class Engine:
         except BaseException as exc:  # whatever it was, those who wait are told, and it goes on
             logger.exception("a step of the engine failed")
             self._end_all(_as_engine_error(exc))
-
-    def _step(self) -> None:
         if is_stopping():
             self._end_all(EngineShutdownError("the interpreter is exiting; generation has ended"))
-            return
+
+    def _step(self) -> None:
+        self._loader.finish_loading()
         self._drop_unwanted()
         self._leave()
         if gone := self._loader.unload_drained():
             self._prefix.drop(lambda namespace: cast("_Namespace", namespace)[1] not in gone)
         self._admit()
+        if self._prefilling:
+            # Or their clients would wait for a prompt to be computed that is not theirs.
+            self._finish_step()
         self._prefill()
         before, self._in_flight = self._in_flight, None
         self._in_flight = self._decode()
@@ -315,10 +335,15 @@ class Engine:
         leaving = [one for one in batch.sequences if one.is_finished or one.has_drawn_all]
         if not leaving:
             return
+        staying = [one for one in batch.sequences if one not in leaving]
         for sequence in leaving:
-            if self._keeps_prefixes and sequence.error is None and not sequence.is_cancelled:
-                self._keep(sequence, batch.take(sequence))
-        batch.leave(leaving)
+            if sequence.error is None and not sequence.is_cancelled:
+                self._keep(sequence)
+        try:
+            batch.leave(leaving)
+        except BaseException as exc:
+            self._fail(exc, staying, "leaving the batch")
+            self._reset_batch()
 
     def _admit(self) -> None:
         limit = self.max_rows
@@ -345,8 +370,12 @@ class Engine:
             admitted = self._scheduler.admit(active, limit, can_admit)
         for sequence in admitted:
             sequence.started_s = time.monotonic()
-            self._find_prefix(sequence)
-        self._prefilling += admitted
+            try:
+                self._find_prefix(sequence)
+            except BaseException as exc:
+                self._fail(exc, [sequence], "beginning a prompt")
+            else:
+                self._prefilling.append(sequence)
 
     def _fail_without_adapter(self) -> None:
         with self._lock:
@@ -395,8 +424,10 @@ class Engine:
         for (sequence, size), of_sequence in zip(group, caches, strict=True):
             sequence.caches = of_sequence
             sequence.num_prefilled += size
-            if sequence.num_to_prefill == 0 and self._keeps_prefixes:
-                self._remember(sequence, sequence.num_prefilled, kv.compact(sequence.caches))
+            if sequence.num_to_prefill == 0 and self._prefix_bytes > 0:
+                with self._harming_none():
+                    kept = kv.compact(sequence.caches)
+                    self._remember(sequence, sequence.num_prefilled, kept)
 
     def _decode(self) -> Step | None:
         batch = self._batch
@@ -442,9 +473,9 @@ class Engine:
     def _close(self, sequence: Sequence) -> None:
         """Give back what the sequence held and tell the client the end; once for each."""
         kept, sequence.kept, sequence.caches = sequence.kept, None, None
+        if kept is not None and sequence.error is None:
+            self._remember(sequence, sequence.num_computed, kept)
         try:
-            if kept is not None and sequence.error is None:
-                self._remember(sequence, sequence.num_computed, kept)
             if sequence.adapter is not None:
                 self.adapters.release(sequence.adapter)
             submitted_s, now = sequence.submitted_s, time.monotonic()
@@ -475,35 +506,52 @@ class Engine:
 
     def _find_prefix(self, sequence: Sequence) -> None:
         """Begin with what an earlier request computed, as far as the prompts are the same."""
-        match = None
-        if self._keeps_prefixes and sequence.num_to_prefill > 0:
-            match = self._prefix.find(self._namespace(sequence), sequence.request.prompt[:-1])
-        if match is None:
-            sequence.caches = new_caches(self.loaded.model)
+        sequence.caches = new_caches(self.loaded.model)
+        if self._prefix_bytes == 0 or sequence.num_to_prefill == 0:
             return
-        sequence.caches = kv.cut(match.value, match.num_tokens)
-        sequence.num_prefilled = sequence.num_cached = match.num_tokens
-        self._statistics.on_cached(match.num_tokens)
+        with self._harming_none():
+            match = self._prefix.find(self._namespace(sequence), sequence.request.prompt[:-1])
+            if match is not None:
+                sequence.caches = kv.cut(match.value, match.num_tokens)
+                sequence.num_prefilled = sequence.num_cached = match.num_tokens
+                self._statistics.on_cached(match.num_tokens)
 
-    def _keep(self, sequence: Sequence, caches: kv.Caches) -> None:
+    def _keep(self, sequence: Sequence) -> None:
         """Keep a copy of a row for the prefix cache until all of its tokens are known."""
-        # Before the next step is built: until then nothing else may hold the rectangle.
-        kv.begin_computing([caches])
-        if sequence.is_finished:
-            self._remember(sequence, sequence.num_computed, caches)
-        else:
+        if self._prefix_bytes == 0:
+            return
+        with self._harming_none():
+            caches = self._batch.take(sequence)
+            # Before the next step is built: until then nothing else may hold the rectangle.
+            kv.begin_computing([caches])
             sequence.kept = caches
+        if sequence.is_finished and sequence.kept is not None:
+            kept, sequence.kept = sequence.kept, None
+            self._remember(sequence, sequence.num_computed, kept)
 
     def _remember(self, sequence: Sequence, num_tokens: int, caches: kv.Caches) -> None:
         """Offer the state after the first `num_tokens` tokens to later requests."""
-        kv.begin_computing([caches])
-        self._prefix.add(
-            self._namespace(sequence),
-            sequence.all_tokens[:num_tokens],
-            caches,
-            num_bytes=sum(cache.nbytes for cache in caches),
-            can_cut=kv.can_cut(caches),
-        )
+        if self._prefix_bytes == 0:
+            return
+        with self._harming_none():
+            kv.begin_computing([caches])
+            self._prefix.add(
+                self._namespace(sequence),
+                sequence.all_tokens[:num_tokens],
+                caches,
+                num_bytes=sum(cache.nbytes for cache in caches),
+                can_cut=kv.can_cut(caches),
+            )
+
+    @contextlib.contextmanager
+    def _harming_none(self) -> Iterator[None]:
+        """A failure of the prefix cache fails no request; the cache begins anew, empty."""
+        try:
+            yield
+        except Exception:
+            logger.exception("the prefix cache failed and is emptied")
+            self._prefix = PrefixCache(self._prefix_bytes)
+            _free_memory()
 
     # Memory.
 
@@ -570,7 +618,10 @@ def _is_unwanted(sequence: Sequence, now: float) -> bool:
 
 def _end_unwanted(sequence: Sequence) -> None:
     if sequence.generation.is_cancelled:
-        sequence.finish("cancelled")
+        try:
+            sequence.finish("cancelled")
+        except BaseException as exc:  # tokenizers panics with what is no Exception
+            sequence.fail(EngineError(f"the last tokens cannot be turned into text: {exc}"))
         return
     sequence.fail(
         DeadlineExceededError(

@@ -2,9 +2,10 @@
 
     logits -> adjustments (bias, penalties) -> greedy: argmax, others: drawing -> tokens
 
-Rows with different settings share a call, and a row gets what it would get alone. Nothing waits
-for the device: what depends on drawn tokens stays there. A feature costs only while a row uses it;
-what does is found out when rows come and go, not at every step.
+A plain greedy batch costs one argmax. Rows with different settings share a call, and a row gets
+what it would get alone. Nothing waits for the device: what depends on drawn tokens stays there. A
+feature costs only while a row uses it; what does is found out when rows come and go, not at every
+step.
 """
 
 from __future__ import annotations
@@ -147,8 +148,3 @@ class BatchSampler:
             top_logprobs = asking.put(top_logprobs, top[:, :number] - normalizer)
         chosen = asking.put(mx.zeros((num_rows,)), chosen[:, 0])
         return DrawLogprobs(chosen, top_ids, top_logprobs)
-
-
-def make_sampler(sampling: object) -> object:
-    """Only until `generation.py`, which imports it, is gone."""
-    raise NotImplementedError

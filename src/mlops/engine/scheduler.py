@@ -3,8 +3,8 @@
 Policy only: it imports no MLX and knows no arrays.
 
 Fair: the next free row goes to the adapter (or the base) that has the fewest rows, and among those
-to the one whose oldest request has waited longest. So with K adapters asking, each one gets at
-least every K-th row, however many requests another one has queued.
+to the one whose turn is longest ago. So of K adapters that ask, one without rows waits for at most
+K - 1 admissions of others, however many requests they have queued and however few rows there are.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Scheduler:
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._queues: dict[str | None, deque[Sequence]] = {}
+        self._turns: dict[str | None, int] = {}  # counts admissions, while anybody waits
+        self._num_admitted = 0
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -73,10 +75,8 @@ class Scheduler:
         if not self._queues:
             return []
         num_rows = Counter(sequence.adapter_name for sequence in active)
-        return sorted(
-            (queue[0] for queue in self._queues.values()),
-            key=lambda one: (num_rows[one.adapter_name], one.submitted_s),
-        )
+        names = sorted(self._queues, key=lambda name: self._order(name, num_rows))
+        return [self._queues[name][0] for name in names]
 
     def admit(
         self,
@@ -101,10 +101,7 @@ class Scheduler:
             candidates = [name for name in self._queues if name not in skipped]
             if not candidates:
                 break
-            name = min(
-                candidates,
-                key=lambda name: (num_rows[name], self._queues[name][0].submitted_s),
-            )
+            name = min(candidates, key=lambda name: self._order(name, num_rows))
             sequence = self._queues[name][0]
             answer = can_admit(sequence)
             if answer is Admission.STOP:
@@ -112,17 +109,25 @@ class Scheduler:
             if answer is Admission.NOT_YET:
                 skipped.add(name)
                 continue
+            self._num_admitted += 1
+            self._turns[name] = self._num_admitted
             self._queues[name].popleft()
             self._replace(name, self._queues[name])
             admitted.append(sequence)
             num_rows[name] += 1
         return admitted
 
+    def _order(self, name: str | None, num_rows: Counter[str | None]) -> tuple[int, int, float]:
+        """The adapter with the lowest is next."""
+        return num_rows[name], self._turns.get(name, 0), self._queues[name][0].submitted_s
+
     def _replace(self, name: str | None, queue: deque[Sequence]) -> None:
         if queue:
             self._queues[name] = queue
         else:
             del self._queues[name]
+        if not self._queues:  # nobody waits, so nobody's turn matters
+            self._turns.clear()
 
 
 def share_prefill(prefilling: Iterable[Sequence], budget_tokens: int) -> list[tuple[Sequence, int]]:

@@ -404,10 +404,11 @@ def test_64_adapters_take_5_percent_more_than_their_files(tmp_path: Path) -> Non
     adapter = recognise(path)
     served = Served(base)
     before = mx.get_active_memory()
-    slots = [served.load(path) for _ in range(64)]
-    assert slots == list(range(1, 65))
-    in_files = 64 * adapter.weight_bytes
-    assert in_files <= served.banks.num_resident_bytes <= 1.05 * in_files
+    for number in range(1, 81):
+        assert served.load(path) == number
+        in_files = number * adapter.weight_bytes
+        if number >= 50:
+            assert in_files <= served.banks.num_resident_bytes <= 1.05 * in_files
     assert mx.get_active_memory() - before <= 1.06 * in_files
     assert served.banks.num_bytes(adapter) == adapter.weight_bytes
     served.banks.unload(17)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlops.engine.request import GenerationRequest, Sampling
 from mlops.engine.sampling import BatchSampler, Draw
+from mlops.engine.subset import Subset
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SIZE = 1300  # more than the most candidates
@@ -134,7 +135,7 @@ def adjusted(logits: Array, sampling: Sampling, prompt: Sequence[int], answer: l
         Sampling(presence_penalty=0.8),
         Sampling(frequency_penalty=0.4),
         Sampling(frequency_penalty=-0.5, presence_penalty=0.9),
-        Sampling(logit_bias=((0, 3.0), (5, -4.0))),
+        Sampling(logit_bias=((2, -3.0), (5, 4.0))),
         Sampling(0.0, 1, 0, 0, None, 1.2, 0.3, 0.2, ((1, 1.5), (2, -0.5))),
     ],
     ids=repr,
@@ -164,6 +165,12 @@ def test_a_plain_batch_is_one_argmax_and_keeps_the_logits() -> None:
     before = np.array(logits.astype(mx.float32))
     mx.eval(sampler(logits).tokens)
     assert np.array_equal(np.array(logits.astype(mx.float32)), before)
+
+
+def test_a_subset_leaves_the_array_it_was_given() -> None:
+    values = mx.zeros((3,))
+    assert Subset([0, 2], 3).put(values, mx.array([1.0, 2.0])).tolist() == [1, 0, 2]
+    assert values.tolist() == [0, 0, 0]
 
 
 def test_a_seed_repeats_and_another_differs() -> None:

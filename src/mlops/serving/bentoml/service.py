@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlops.engine import EngineConfig
 from mlops.errors import BentoMLError, ConfigError, MLOpsError, ServiceError
 from mlops.serving.bentoml import supervision
 from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
@@ -291,6 +292,11 @@ def _runner_maker(
         "enable_unified_memory": apple.enable_unified_memory,
         "model_type": model_type,
         "memory_budget_bytes": _memory_budget_bytes(settings),
+        "engine_config": EngineConfig(
+            max_rows=settings.max_batch_size,
+            row_limit=_batch_limit(settings),
+            max_waiting=WAITING_PER_BATCH * settings.max_batch_size,
+        ),
         **{name: value for name, value in given.items() if value},
     }
     parameters = inspect.signature(make).parameters
@@ -308,7 +314,7 @@ def _runner_maker(
 
 
 def _memory_budget_bytes(settings: BentoMLConfig) -> int:
-    """What one worker may hold of weights made float32."""
+    """What one worker may hold of weights, caches and adapters."""
     if settings.memory_per_worker_mb is not None:
         return settings.memory_per_worker_mb * 2**20
     from mlops.engine.layout import MEMORY_SHARE

@@ -128,15 +128,12 @@ class MLXModelRunner:
             deadline_s: of `time.monotonic()`; later the request fails.
 
         Raises:
-            InvalidRequestError: a field is missing or out of range; names it.
-            EngineShutdownError: no model is loaded.
+            EngineShutdownError: no model is loaded. What is wrong with the request, the answer
+                raises.
         """
-        request = engine.parse_request(input_data)
         running = self._engine
-        return Answer(
-            self._tokenizing.submit(self._prepare, running, request, deadline_s),
-            self._to_prediction,
-        )
+        prepared = self._tokenizing.submit(self._prepare, running, input_data, deadline_s)
+        return Answer(prepared, self._to_prediction)
 
     def statistics(self) -> dict[str, Any]:
         """What the engine has done, in JSON types; {} before loading and for a custom model."""
@@ -290,7 +287,7 @@ class MLXModelRunner:
         """Load when needed and answer; a caller who is interrupted cancels what he asked for."""
         engine.run_in_owner(self._load)
         running = self._engine
-        prepared = [_catch(self._prepare_input, running, one) for one in inputs]
+        prepared = [_catch(self._prepare, running, one) for one in inputs]
         try:
             return [
                 one if isinstance(one, Exception) else _catch(self._wait, running, one)
@@ -301,13 +298,11 @@ class MLXModelRunner:
                 if isinstance(one, Prepared):
                     one.cancel()
 
-    def _prepare_input(self, running: engine.Engine, input_data: Input) -> Prepared:
-        return self._prepare(running, engine.parse_request(input_data), None)
-
     def _prepare(
-        self, running: engine.Engine, request: engine.TextRequest, deadline_s: float | None
+        self, running: engine.Engine, input_data: Input, deadline_s: float | None = None
     ) -> Prepared:
-        """Tokenize a request and submit each of its choices."""
+        """Check and tokenize a request, and submit each of its choices."""
+        request = engine.parse_request(input_data)
         adapter = request.adapter if request.names_adapter else self.default_adapter
         generation_request = engine.to_generation_request(
             running.loaded, request, adapter=adapter, deadline_s=deadline_s

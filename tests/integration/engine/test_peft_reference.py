@@ -1,0 +1,231 @@
+"""Adapters beside torch and PEFT, the libraries that define the format: same logits, same tokens.
+
+Torch runs in an environment and a process of its own (`tools/setup-reference`), once for all cases:
+the bases and some of the adapters are written by us, the others are saved by PEFT itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny_models
+from mlops.checkpoints import recognise
+from mlops.engine.owner import run_in_owner
+from mlops.errors import PackagingError
+
+ROOT = Path(__file__).parents[3]
+PYTHON = ROOT / ".tools" / "reference" / "bin" / "python"
+PROMPT = (72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100)
+MAX_TOKENS = 8
+EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="torch and PEFT are not in .tools/reference: make reference"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter on one base.
+
+    Attributes:
+        written: arguments of `tiny_models.write_peft_adapter`; None: PEFT saves the adapter itself.
+        saved: fields of PEFT's `LoraConfig`.
+        tied: the base's output layer is its embedding.
+        save_embedding_layers: of PEFT's `save_pretrained`, whose default copies base layers that
+            the adapter changes into the adapter.
+    """
+
+    architecture: str = "llama"
+    written: dict[str, Any] | None = None
+    saved: dict[str, Any] | None = None
+    tied: bool = False
+    save_embedding_layers: bool | str = False
+
+    @property
+    def base(self) -> str:
+        return f"{self.architecture}-tied" if self.tied else self.architecture
+
+
+CASES = {
+    "base-llama": Case(),
+    "base-qwen3": Case("qwen3"),
+    "base-tied": Case("qwen3", tied=True),
+    "written-lora": Case(written={"target_modules": EVERY_LINEAR}),
+    "written-rslora": Case(written={"use_rslora": True}),
+    "written-dora": Case("qwen3", written={"dora": True, "target_modules": EVERY_LINEAR}),
+    "written-patterns": Case(
+        "qwen3", written={"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 1.0}}
+    ),
+    "saved-lora": Case(saved={"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}),
+    "saved-all-linear": Case("qwen3", saved={"target_modules": "all-linear", "r": 8}),
+    "saved-rslora": Case(
+        saved={"target_modules": list(EVERY_LINEAR), "use_rslora": True, "r": 16, "lora_alpha": 4}
+    ),
+    "saved-dora": Case(saved={"target_modules": list(EVERY_LINEAR), "use_dora": True, "r": 4}),
+    "saved-dora-rslora": Case(
+        "qwen3", saved={"target_modules": ["q_proj"], "use_dora": True, "use_rslora": True}
+    ),
+    "saved-patterns": Case(
+        "qwen3",
+        saved={
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "r": 4,
+            "lora_alpha": 8,
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 6},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 16, "v_proj": 3},
+        },
+    ),
+    "saved-patterns-from-the-start": Case(
+        saved={
+            "target_modules": ["q_proj", "v_proj"],
+            "r": 4,
+            "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 32, "q_proj": 2},
+        }
+    ),
+    "saved-some-layers": Case(saved={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "saved-lm-head": Case(saved={"target_modules": ["q_proj", "lm_head"]}),
+    "saved-embedding": Case(saved={"target_modules": ["q_proj", "embed_tokens"]}),
+    "saved-tied-embedding": Case("qwen3", saved={"target_modules": ["embed_tokens"]}, tied=True),
+}
+REFUSED = {
+    # PEFT has a magnitude for each column of an embedding, mlx-lm one for each row.
+    "32 magnitudes for model.embed_tokens": Case(
+        saved={"target_modules": ["embed_tokens"], "use_dora": True}
+    ),
+    "embed_tokens.base_layer": Case(
+        saved={"target_modules": ["embed_tokens"]}, save_embedding_layers="auto"
+    ),
+    "the base has no lm_head": Case(
+        "qwen3",
+        saved={"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        tied=True,
+    ),
+    "modules_to_save": Case(saved={"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "has bias": Case("qwen2", saved={"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "init_lora_weights": Case(saved={"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
+}
+"""By what the error says."""
+
+ALL_CASES = CASES | REFUSED
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What torch computes: logits (tokens, vocabulary), float32, and the tokens of greedy decoding.
+
+    Attributes:
+        adapter: folder of the adapter; None is the base alone.
+    """
+
+    base: Path
+    adapter: Path | None
+    logits: Any
+    tokens: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folder = tmp_path_factory.mktemp("references")
+    jobs = []
+    for case in ALL_CASES.values():
+        base, adapter = folder / case.base, None
+        if not base.exists():
+            tiny_models.write_language_model(
+                base, architecture=case.architecture, tie_word_embeddings=case.tied
+            )
+        if case.written is not None or case.saved is not None:
+            adapter = folder / str(len(jobs))
+        if adapter is not None and case.written is not None:
+            tiny_models.write_peft_adapter(adapter, base, **case.written)
+        jobs.append(
+            {
+                "base": str(base),
+                "adapter": adapter and str(adapter),
+                "save": case.saved,
+                "save_embedding_layers": case.save_embedding_layers,
+                "prompt": PROMPT,
+                "max_tokens": MAX_TOKENS,
+            }
+        )
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    script = Path(__file__).with_name("peft_reference.py")
+    done = subprocess.run(
+        [PYTHON, script, folder / "jobs.json", folder / "results.npz"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = np.load(folder / "results.npz")
+    return {
+        name: Reference(
+            Path(job["base"]),
+            job["adapter"] and Path(job["adapter"]),
+            results[f"logits-{number}"],
+            tuple(results[f"tokens-{number}"].tolist()),
+        )
+        for number, (name, job) in enumerate(zip(ALL_CASES, jobs, strict=True))
+    }
+
+
+def our_logits(base: Path, adapter: Path | None, token_ids: Sequence[int]) -> Any:
+    """Logits of every token, (tokens, vocabulary), float32."""
+
+    def compute() -> Any:
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        from mlops.engine.banks import AdapterBanks
+
+        model, _ = load_model(base)
+        banks = AdapterBanks(model, recognise(base), "cpu")
+        slot = 0 if adapter is None else banks.load("adapter", recognise(adapter))
+        banks.use(banks.select([slot]))
+        return np.array(model(mx.array([token_ids]))[0].astype(mx.float32))
+
+    return run_in_owner(compute)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.xfail(
+                name == "saved-tied-embedding",
+                reason="PEFT leaves a tied output layer alone; as_linear applies the adapter",
+                strict=True,
+            ),
+        )
+        for name in CASES
+    ],
+)
+def test_logits_and_tokens_are_those_of_peft(references: dict[str, Reference], name: str) -> None:
+    reference = references[name]
+    text = (*PROMPT, *reference.tokens)
+    ours = our_logits(reference.base, reference.adapter, text)
+    np.testing.assert_allclose(ours[: len(PROMPT)], reference.logits, atol=1e-4, rtol=1e-4)
+    assert tuple(ours[len(PROMPT) - 1 : -1].argmax(axis=-1).tolist()) == reference.tokens
+    if reference.adapter is not None:
+        alone = our_logits(reference.base, None, PROMPT)
+        assert np.abs(reference.logits - alone).max() > 1e-2, "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_would_not_compute_the_same_is_refused(
+    references: dict[str, Reference], reason: str
+) -> None:
+    with pytest.raises(PackagingError, match=reason):
+        our_logits(references[reason].base, references[reason].adapter, PROMPT)
