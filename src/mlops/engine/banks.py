@@ -156,6 +156,10 @@ class AdapterBanks:
             bank.touching.add(address.position)
             if written.excess is not None:
                 bank.dora.add(address.position)
+            if info.format == "peft":
+                # PEFT changes what an embedding gives for ids, and not the output layer tied to
+                # it; mlx-lm changes both.
+                bank.input_only.add(address.position)
         slot = next(number for number in itertools.count(1) if number not in self._residents)
         self._residents[slot] = _Resident(address, tuple(prepared))
         return slot
@@ -167,6 +171,7 @@ class AdapterBanks:
             bank = self._layers[module].banks.by_rank[resident.address.rank]
             bank.touching.discard(resident.address.position)
             bank.dora.discard(resident.address.position)
+            bank.input_only.discard(resident.address.position)
 
     def select(self, slots: Sequence[int]) -> RowSlots | None:
         """What `use` needs for a batch with these slots, one for each row; None if all are 0."""

@@ -77,6 +77,7 @@ class ModuleBank:
         excess: likewise; None when no DoRA adapter was ever here.
         touching: positions of the adapters that change this module.
         dora: those of them that have an excess.
+        input_only: those of them that leave an embedding's use as the output layer alone.
     """
 
     a: mx.array
@@ -84,6 +85,7 @@ class ModuleBank:
     excess: mx.array | None = None
     touching: set[int] = field(default_factory=set)
     dora: set[int] = field(default_factory=set)
+    input_only: set[int] = field(default_factory=set)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -180,7 +182,7 @@ class RowSlots:
     def __init__(self, addresses: Sequence[Address | None]) -> None:
         self._addresses = tuple(addresses)
         self._distinct = tuple(dict.fromkeys(self._addresses))
-        self._selected: dict[ModuleBanks, tuple[Selected, ...]] = {}
+        self._selected: dict[tuple[ModuleBanks, bool], tuple[Selected, ...]] = {}
         self._indices: dict[tuple[int, frozenset[int], int | None], mx.array] = {}
         self._positions: dict[int, frozenset[int]] = {}
         for address in sorted(filter(None, self._distinct)):
@@ -202,17 +204,27 @@ class RowSlots:
         places = {address: place for place, address in enumerate(self._distinct)}
         return mx.array([places[address] for address in self._addresses], dtype=mx.uint32)
 
-    def select(self, module: ModuleBanks) -> tuple[Selected, ...]:
-        """The banks that some row needs in this module, by rank."""
-        selected = self._selected.get(module)
+    def select(self, module: ModuleBanks, as_output: bool = False) -> tuple[Selected, ...]:
+        """The banks that some row needs in this module, by rank.
+
+        Args:
+            as_output: an embedding is used as the output layer.
+        """
+        selected = self._selected.get((module, as_output))
         if selected is None:
-            selected = self._selected[module] = tuple(self._select(module))
+            selected = tuple(self._select(module, as_output))
+            self._selected[module, as_output] = selected
         return selected
 
-    def _select(self, module: ModuleBanks) -> Iterator[Selected]:
+    def _select(self, module: ModuleBanks, as_output: bool) -> Iterator[Selected]:
         for rank, positions in self._positions.items():
             bank = module.by_rank.get(rank)
-            if bank is None or not (touching := positions & bank.touching):
+            if bank is None:
+                continue
+            touching = positions & bank.touching
+            if as_output:
+                touching -= bank.input_only
+            if not touching:
                 continue
             key = (rank, touching, module.num_experts)
             if key not in self._indices:
@@ -242,8 +254,8 @@ class InUse:
 
     rows: RowSlots | None = None
 
-    def select(self, module: ModuleBanks) -> tuple[Selected, ...]:
-        return () if self.rows is None else self.rows.select(module)
+    def select(self, module: ModuleBanks, as_output: bool = False) -> tuple[Selected, ...]:
+        return () if self.rows is None else self.rows.select(module, as_output)
 
 
 class Banked(nn.Module):
@@ -311,7 +323,7 @@ class BankedEmbedding(Banked):
 
     def as_linear(self, x: mx.array) -> mx.array:
         y = self.base.as_linear(x)
-        for selected in self.in_use.select(self.banks):
+        for selected in self.in_use.select(self.banks, as_output=True):
             bank = selected.bank
             y = _add_delta(y, x, (bank.b, bank.a.swapaxes(-1, -2)), selected.indices)
             if selected.excess is not None:

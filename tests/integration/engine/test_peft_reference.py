@@ -198,20 +198,7 @@ def our_logits(base: Path, adapter: Path | None, token_ids: Sequence[int]) -> An
     return run_in_owner(compute)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                name == "saved-tied-embedding",
-                reason="PEFT leaves a tied output layer alone; as_linear applies the adapter",
-                strict=True,
-            ),
-        )
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_and_tokens_are_those_of_peft(references: dict[str, Reference], name: str) -> None:
     reference = references[name]
     text = (*PROMPT, *reference.tokens)
