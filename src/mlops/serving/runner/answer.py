@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mlops import engine
+from mlops.errors import EngineError
 from mlops.serving.runner.base import Prediction, TextChunk
 
 Result = TypeVar("Result")
@@ -56,7 +57,7 @@ class Answer:
 
     async def chunks(self) -> AsyncGenerator[TextChunk]:
         """Every piece of text as it comes; see `Generating.chunks`."""
-        prepared = await _wait_for(self._prepared)
+        prepared = await self._wait_until_prepared()
         if len(prepared.generations) == 1:
             async with contextlib.aclosing(prepared.generations[0].events()) as events:
                 async for event in events:
@@ -68,9 +69,17 @@ class Answer:
 
     async def prediction(self) -> Prediction:
         """The whole answer; see `Generating.prediction`."""
-        prepared = await _wait_for(self._prepared)
+        prepared = await self._wait_until_prepared()
         results = [await _wait_for(one.future) for one in prepared.generations]
         return self._to_prediction(prepared, results)
+
+    async def _wait_until_prepared(self) -> Prepared:
+        try:
+            return await _wait_for(self._prepared)
+        except asyncio.CancelledError:
+            if self._prepared.cancelled():  # by `cancel`: the task that waits here is not
+                raise EngineError("the request was given up before it was begun") from None
+            raise
 
 
 async def _merge(generations: Sequence[engine.Generation]) -> AsyncGenerator[TextChunk]:

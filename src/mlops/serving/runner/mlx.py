@@ -280,8 +280,16 @@ class MLXModelRunner:
 
     @property
     def _engine(self) -> engine.Engine:
-        self.model  # noqa: B018 - raises when nothing is loaded
-        return self._held[1]  # type: ignore[no-any-return]
+        """What generates text.
+
+        Raises:
+            EngineShutdownError: no model is loaded.
+        """
+        held = list(self._held)
+        if len(held) < 2:
+            raise EngineShutdownError(f"{self.model_path} is not loaded; call load_model() first")
+        running: engine.Engine = held[1]
+        return running
 
     def _ask(self, inputs: Sequence[Input]) -> list[Prediction | Exception]:
         """Load when needed and answer; a caller who is interrupted cancels what he asked for."""
