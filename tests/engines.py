@@ -45,9 +45,7 @@ def check_empty(one: engine.Engine) -> None:
     assert counts["requests"]["submitted"] == sum(counts["requests"]["finished"].values())
 
 
-def ask_all(
-    one: engine.Engine, *requests: GenerationRequest
-) -> list[GenerationResult]:
+def ask_all(one: engine.Engine, *requests: GenerationRequest) -> list[GenerationResult]:
     """The results of requests that are submitted together."""
     generations = [one.submit(request) for request in requests]
     return [generation.result(TIMEOUT_S) for generation in generations]

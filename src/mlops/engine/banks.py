@@ -172,6 +172,11 @@ class AdapterBanks:
             bank.touching.discard(resident.address.position)
             bank.dora.discard(resident.address.position)
             bank.input_only.discard(resident.address.position)
+        rank = resident.address.rank
+        if all(other.address.rank != rank for other in self._residents.values()):
+            # Else every rank that was ever used would go on taking memory.
+            for layer in self._layers.values():
+                layer.banks.by_rank.pop(rank, None)
 
     def select(self, slots: Sequence[int]) -> RowSlots | None:
         """What `use` needs for a batch with these slots, one for each row; None if all are 0."""

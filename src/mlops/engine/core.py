@@ -310,6 +310,7 @@ class Engine:
         if self._prefilling:
             # Or their clients would wait for a prompt to be computed that is not theirs.
             self._finish_step()
+            self._leave()
         self._prefill()
         before, self._in_flight = self._in_flight, None
         self._in_flight = self._decode()

@@ -413,12 +413,15 @@ def can_cut(caches: Caches) -> bool:
 
 
 def fork(cache: Any) -> Any:
-    """A cache that goes on from here and leaves this one as it is; the arrays are shared."""
+    """A cache that goes on from here and leaves this one as it is; they share memory until then."""
     other = copy.copy(cache)
     if isinstance(cache, CacheList):
         other.caches = tuple(fork(one) for one in cache.caches)
     elif isinstance(getattr(cache, "cache", None), list):
         other.cache = list(cache.cache)
+    elif getattr(cache, "keys", None) is not None:
+        # Array objects of its own: mlx-lm's caches assign into theirs.
+        other.keys, other.values = cache.keys[...], cache.values[...]
     return other
 
 

@@ -557,3 +557,22 @@ def test_a_layer_that_gets_tokens_without_their_rows_is_refused() -> None:
     assert [witness.problem(2, 3) is None for witness in (good, flat, bad, worse)] == [
         True, True, False, False
     ]  # fmt: skip
+
+
+def test_a_rank_that_nobody_uses_any_more_takes_no_memory(tmp_path: Path) -> None:
+    base = tiny_models.write_language_model(tmp_path / "base")
+    small = recognise(tiny_models.write_lora_adapter(tmp_path / "small", base, rank=4))
+    large = recognise(tiny_models.write_lora_adapter(tmp_path / "large", base, rank=64))
+
+    def check() -> None:
+        from mlx_lm.utils import load_model
+
+        banks = AdapterBanks(load_model(base)[0], recognise(base), "cpu")
+        banks.load("small", small)
+        before = banks.num_resident_bytes
+        slot = banks.load("large", large)
+        assert banks.num_resident_bytes > 10 * before
+        banks.unload(slot)
+        assert banks.num_resident_bytes == before
+
+    run_in_owner(check)

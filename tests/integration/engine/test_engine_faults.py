@@ -44,7 +44,8 @@ class Faulty:
         return getattr(self._model, name)
 
     def __call__(self, ids: Any, cache: Any) -> Any:
-        if POISON in sum(ids.tolist(), []) or (self.fails_next_step and ids.shape[1] == 1):
+        is_poisoned = any(POISON in row for row in ids.tolist())
+        if is_poisoned or (self.fails_next_step and ids.shape[1] == 1):
             self.fails_next_step = False
             raise RuntimeError("no such kernel")
         return self._model(ids, cache=cache)
@@ -357,7 +358,10 @@ def test_a_step_that_fails_ends_its_rows_and_no_others(
         assert found[0].result(0).tokens == right(done)
         with pytest.raises(EngineError, match="no such kernel"):
             found[1].result(0)
-        assert [g.result(TIMEOUT_S).tokens for g in found[2:]] == [right(prefilling), right(waiting)]
+        assert [g.result(TIMEOUT_S).tokens for g in found[2:]] == [
+            right(prefilling),
+            right(waiting),
+        ]
 
 
 class Panic(BaseException):
@@ -383,9 +387,7 @@ def spoil_step(stepped: Stepped, patch: pytest.MonkeyPatch) -> None:
 
     def unreadable() -> Any:
         begun = step()
-        return dataclasses.replace(
-            begun, draw=dataclasses.replace(begun.draw, tokens=Unreadable())
-        )
+        return dataclasses.replace(begun, draw=dataclasses.replace(begun.draw, tokens=Unreadable()))
 
     patch.setattr(stepped.one._batch, "step", unreadable)
 
@@ -700,7 +702,8 @@ if {waits != "nobody"}:
 
 def test_statistics_add_up(loaded: LoadedModel, adapters: dict[str, Path]) -> None:
     requests = [
-        ask("x" * (2 + number), adapter=[None, "a"][number % 2], max_tokens=5) for number in range(8)
+        ask("x" * (2 + number), adapter=[None, "a"][number % 2], max_tokens=5)
+        for number in range(8)
     ]
 
     def test(stepped: Stepped) -> list[Generation]:

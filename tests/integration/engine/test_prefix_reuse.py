@@ -1,4 +1,4 @@
-"""What earlier requests computed is used again, changes no answer, and is shared with nobody else."""
+"""What earlier requests computed is used again, changes no answer, and is shared by nobody else."""
 
 from __future__ import annotations
 
@@ -73,11 +73,10 @@ def test_a_conversation_goes_on_from_its_last_answer(
     load: Callable[..., LoadedModel], architecture: str
 ) -> None:
     with running(load(architecture), prefix_memory_bytes=MIB) as one:
-        prompt = PROMPT
+        prompt, num_known = PROMPT, 0
         for turn in range(3):
             result = answer(one, prompt)
-            if turn:
-                assert result.cached_tokens == num_known
+            assert result.cached_tokens == num_known
             # All but the last token that was drawn: that one has never been an input.
             num_known = len(prompt) + len(result.tokens) - 1
             prompt = prompt + result.tokens + (1, 2, 3 + turn)
@@ -108,10 +107,10 @@ def test_what_is_cached_is_not_changed_by_those_who_use_it(
             further = tuple(100 + 7 * number + n for n in range(num_further))
             result = answer(one, known + further + OTHER[:1], max_tokens=12)
             assert result.cached_tokens == len(known)
-        together = ask_all(one, *[ask(known + (100 + n, 5), max_tokens=12) for n in range(4)])
+        together = ask_all(one, *[ask((*known, 100 + n, 5), max_tokens=12) for n in range(4)])
         for number, result in enumerate(together):
             alone = mlx_lm_says(
-                one.loaded.model, one.loaded.tokenizer, ask(known + (100 + number, 5), 12)
+                one.loaded.model, one.loaded.tokenizer, ask((*known, 100 + number, 5), 12)
             )
             assert result.tokens[: len(alone[1])] == alone[1]
 
@@ -188,9 +187,7 @@ def test_adapters_never_share_and_a_reload_begins_anew(
         assert result.cached_tokens == num_cached
 
     adapters = {"a": paths[0], "b": paths[1]}
-    with running(
-        loaded, adapters, prefix_memory_bytes=MIB, max_resident_adapters=num_slots
-    ) as one:
+    with running(loaded, adapters, prefix_memory_bytes=MIB, max_resident_adapters=num_slots) as one:
         known = len(PROMPT) - 1
         check("a", 0, 0)
         check("b", 1, 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import logging
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from mlops import engine
 from mlops.errors import (
     AdapterNotFoundError,
     BentoMLError,
+    DeadlineExceededError,
     EngineError,
     EngineShutdownError,
     IntegrityError,
     InvalidRequestError,
     PackagingError,
+    QueueFullError,
     ServiceError,
 )
 from mlops.serving.bentoml.runner import LoRAModelRunner, MLXModelRunner
 from mlops.serving.runner import Runner
+from mlops.serving.runner.base import TextRunner
 
 
 @pytest.fixture(scope="module")
@@ -184,16 +189,118 @@ def test_eight_threads_at_once(runner: MLXModelRunner) -> None:
 
 
 def test_a_request_given_up_ends(runner: MLXModelRunner) -> None:
-    gone = threading.Event()
-    gone.set()
-    answer = runner.predict({"prompt": "x", "max_tokens": 900}, is_cancelled=gone.is_set)
-    assert answer["finish_reason"] == "cancelled"
-    answers = runner.predict_batch(
-        [{"prompt": "x", "max_tokens": 900}, {"prompt": "y", "max_tokens": 3}],
-        is_cancelled=[gone.is_set, None],
+    runner.load_model()
+    answer = runner.generate({"prompt": "x", "max_tokens": 900})
+    while not runner.statistics()["running"]:
+        engine.run_in_owner(int)
+    answer.cancel()
+    answer.cancel()
+    prediction = asyncio.run(answer.prediction())
+    assert prediction["finish_reason"] == "cancelled"
+    assert prediction["usage"]["completion_tokens"] < 900
+    engine.run_in_owner(int)
+    assert runner.statistics()["running"] == 0
+
+
+def test_an_answer_raises_what_is_wrong_with_its_request(model: Path) -> None:
+    runner = MLXModelRunner(model)
+    with pytest.raises(EngineShutdownError, match="call load_model"):
+        runner.generate({"prompt": "x"})
+    assert runner.statistics() == {}
+    runner.load_model()
+    for fields, error in (
+        ({"prompt": "x", "max_tokens": 0}, InvalidRequestError),
+        ({"prompt": "x" * 3000}, InvalidRequestError),
+        ({"prompt": "x", "adapter": "nope"}, AdapterNotFoundError),
+    ):
+        with pytest.raises(error):
+            asyncio.run(runner.generate(fields).prediction())
+    late = runner.generate({"prompt": "x"}, deadline_s=time.monotonic())
+    with pytest.raises(DeadlineExceededError):
+        asyncio.run(late.prediction())
+
+
+def test_statistics(model: Path) -> None:
+    runner = MLXModelRunner(model)
+    assert isinstance(runner, TextRunner)
+    runner.predict_batch([{"prompt": "Hello", "max_tokens": 4}] * 3)
+    counts = runner.statistics()
+    json.dumps(counts)
+    assert counts["requests"] == {"submitted": 3, "finished": {"length": 3}}
+    assert counts["tokens"]["completion"] == 12
+    assert (counts["running"], counts["waiting"]) == (0, 0)
+    runner.unload_model()
+    assert runner.statistics() == {}
+
+
+def test_token_ids_as_prompt(runner: MLXModelRunner) -> None:
+    ask = {"max_tokens": 8}
+    ids = runner.predict({"prompt": list(b"Hello"), **ask})
+    assert ids["usage"]["prompt_tokens"] == len("Hello")
+    table = runner.model.tokenizer.encode("Hello")
+    assert (
+        runner.predict({"prompt": table, **ask})["prediction"]
+        == runner.predict({"prompt": "Hello", **ask})["prediction"]
     )
-    reasons = [answer["finish_reason"] for answer in answers if isinstance(answer, dict)]
-    assert reasons == ["cancelled", "length"]
+    with pytest.raises(InvalidRequestError, match="does not know") as caught:
+        runner.predict({"prompt": [1, 10**6], **ask})
+    assert caught.value.field == "prompt"
+
+
+def test_several_choices(runner: MLXModelRunner) -> None:
+    ask = {"prompt": "Hello", "max_tokens": 8, "temperature": 1.0, "seed": 3}
+    answer = runner.predict({**ask, "n": 3, "logprobs": 1})
+    json.dumps(answer)
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    alone = [runner.predict({**ask, "seed": 3 + n})["prediction"] for n in range(3)]
+    assert [choice["text"] for choice in choices] == alone
+    assert len(set(alone)) == 3
+    assert answer["prediction"] == alone[0]
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == len("Hello")
+    assert usage["completion_tokens"] == sum(len(choice["logprobs"]) for choice in choices)
+    assert answer["logprobs"] == choices[0]["logprobs"]
+    assert {len(entry["top"]) for choice in choices for entry in choice["logprobs"]} == {1}
+    assert "choices" not in runner.predict(ask)
+
+
+def test_choices_that_find_no_place_take_the_others_with_them(model: Path) -> None:
+    runner = MLXModelRunner(model, engine_config=engine.EngineConfig(max_waiting=2, max_rows=1))
+    with pytest.raises(QueueFullError):
+        engine.run_in_owner(runner.predict, {"prompt": "x", "max_tokens": 900, "n": 3})
+    assert runner.predict({"prompt": "x", "max_tokens": 2, "n": 2})["finish_reason"] == "length"
+    requests = runner.statistics()["requests"]
+    assert requests == {"submitted": 4, "finished": {"cancelled": 2, "length": 2}}
+
+
+def test_requests_under_way_finish_before_the_model_is_unloaded(model: Path) -> None:
+    runner = MLXModelRunner(model)
+    runner.load_model()
+    answers = [runner.generate({"prompt": text, "max_tokens": 200}) for text in "abc"]
+    while runner.statistics()["requests"]["submitted"] < len(answers):
+        engine.run_in_owner(int)
+    runner.unload_model()
+    assert not runner.is_loaded
+    predictions = [asyncio.run(answer.prediction()) for answer in answers]
+    assert {answer["usage"]["completion_tokens"] for answer in predictions} == {200}
+    with pytest.raises(EngineShutdownError):
+        runner.generate({"prompt": "d"})
+
+
+def test_a_runner_may_be_forgotten_while_it_answers(model: Path) -> None:
+    watcher = MLXModelRunner(model)
+    before = watcher.get_memory_usage()["active_mb"]
+    runner = MLXModelRunner(model)
+    runner.load_model()
+    answer = runner.generate({"prompt": "a", "max_tokens": 200})
+    del runner
+    assert asyncio.run(answer.prediction())["usage"]["completion_tokens"] == 200
+    del answer
+    gc.collect()
+    for _ in range(3):  # steps and the release are queued one after the other
+        engine.run_in_owner(int)
+    assert watcher.get_memory_usage()["active_mb"] <= before
 
 
 def test_memory_comes_back(model: Path) -> None:
@@ -312,6 +419,35 @@ def test_models_by_tag_are_verified(
         assert not damaged.is_loaded
 
 
+def test_an_adapter_is_verified_when_it_is_first_needed(
+    bentoml_home: Path, tmp_path: Path, model: Path
+) -> None:
+    from mlops.serving.bentoml.packager import package_model
+
+    tags = {}
+    for seed, name in enumerate(("first", "second", "third"), start=1):
+        folder = tiny_models.write_lora_adapter(tmp_path / name, model, seed=seed)
+        packaged = package_model(str(folder), name, model_version="1.0.0", build_bento=False)
+        tags[name] = packaged["model_tag"]
+    runner = MLXModelRunner(
+        model, adapters=tags, engine_config=engine.EngineConfig(max_resident_adapters=1)
+    )
+    runner.load_model()
+    assert runner.statistics()["resident_adapters"]["loads"] == 1
+    file = bentoml_home / "models" / "second" / "1.0.0" / "adapters.safetensors"
+    content = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    ask = {"prompt": "Hello", "max_tokens": 6}
+    answers = runner.predict_batch([{**ask, "adapter": name} for name in (*tags, "base")])
+    assert isinstance(answers[1], IntegrityError)
+    texts = {one["prediction"] for one in answers if isinstance(one, dict)}
+    assert len(texts) == 3
+    file.write_bytes(content)
+    texts.add(runner.predict({**ask, "adapter": "second"})["prediction"])
+    assert len(texts) == 4
+
+
 def test_what_cannot_be_loaded_is_a_bentoml_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.onnx").write_bytes(b"\x08\x08")
@@ -369,11 +505,17 @@ def test_a_custom_runner_may_build_on_the_text_model(model: Path) -> None:
             return super()._mlx_predict(input_data)["prediction"].upper()
 
     ask = {"prompt": "Hello", "max_tokens": 6}
-    assert Shouting(model).predict(ask) == {
+    expected = {
         "prediction": MLXModelRunner(model).predict(ask)["prediction"].upper(),
         "mlx_optimized": True,
         "model_type": "custom",
     }
+    shouting = Shouting(model)
+    assert not shouting.can_generate
+    assert shouting.predict(ask) == expected
+    answers = shouting.predict_batch([ask, {"prompt": ""}, ask])
+    assert [answers[0], answers[2]] == [expected] * 2
+    assert isinstance(answers[1], InvalidRequestError)
 
 
 def test_half_a_custom_runner_is_told_what_is_missing(model: Path) -> None:
@@ -426,29 +568,6 @@ def test_an_exit_while_loading_is_a_failure(tmp_path: Path) -> None:
 
     with pytest.raises(ServiceError, match="cannot be loaded: SystemExit: no weights here"):
         Leaving(tmp_path).load_model()
-
-
-def test_a_tokenizer_that_panics_fails_its_request() -> None:
-    from tokenizers import decoders
-
-    from mlops.engine.generation import _add_contained, _Sequence
-
-    class Panicking:
-        def add_token(self, token: int) -> None:
-            decoders.Strip("l", 0, 5).decode(["l"])  # Rust's panic is no Exception
-
-    request = engine.GenerationRequest(prompt=(1,), max_tokens=4)
-    sequence = _Sequence(request, Panicking(), frozenset(), 0.0)
-    _add_contained(sequence, 5)
-    assert isinstance(sequence.error, EngineError)
-
-
-def test_an_exit_while_generating_is_the_answer(runner: MLXModelRunner) -> None:
-    answers = runner.predict_batch(
-        [{"prompt": "Hello", "max_tokens": 9}] * 2, is_cancelled=[lambda: sys.exit(3), None]
-    )
-    assert [type(answer) for answer in answers] == [EngineError] * 2
-    assert runner.predict({"prompt": "Hello", "max_tokens": 2})["finish_reason"] == "length"
 
 
 def test_a_custom_hook_finds_mlx_prepared(tmp_path: Path) -> None:

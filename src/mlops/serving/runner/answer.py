@@ -56,16 +56,18 @@ class Answer:
             self._prepared.add_done_callback(_cancel_generations)
 
     async def chunks(self) -> AsyncGenerator[TextChunk]:
-        """Every piece of text as it comes; see `Generating.chunks`."""
-        prepared = await self._wait_until_prepared()
-        if len(prepared.generations) == 1:
-            async with contextlib.aclosing(prepared.generations[0].events()) as events:
-                async for event in events:
-                    yield _to_chunk(0, event)
-            return
-        async with contextlib.aclosing(_merge(prepared.generations)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        """Every piece of text as it comes; see `Generating.chunks`.
+
+        A reader who stops early ends the request.
+        """
+        try:
+            prepared = await self._wait_until_prepared()
+            async with contextlib.aclosing(_read(prepared.generations)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except BaseException:
+            self.cancel()
+            raise
 
     async def prediction(self) -> Prediction:
         """The whole answer; see `Generating.prediction`."""
@@ -77,9 +79,21 @@ class Answer:
         try:
             return await _wait_for(self._prepared)
         except asyncio.CancelledError:
-            if self._prepared.cancelled():  # by `cancel`: the task that waits here is not
+            task = asyncio.current_task()
+            if self._prepared.cancelled() and not (task and task.cancelling()):
                 raise EngineError("the request was given up before it was begun") from None
             raise
+
+
+async def _read(generations: Sequence[engine.Generation]) -> AsyncGenerator[TextChunk]:
+    if len(generations) > 1:
+        async with contextlib.aclosing(_merge(generations)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        return
+    async with contextlib.aclosing(generations[0].events()) as events:
+        async for event in events:
+            yield _to_chunk(0, event)
 
 
 async def _merge(generations: Sequence[engine.Generation]) -> AsyncGenerator[TextChunk]:
