@@ -135,9 +135,9 @@ def test_loading_ends_at_its_next_step_when_the_interpreter_exits(
     monkeypatch.setattr(owner._current, "is_stopping", True)
 
     def load() -> None:
-        from mlops.engine.loading import NO_ADAPTERS, _load
+        from mlops.engine.loading import _load
 
-        _load(model, NO_ADAPTERS, False, False, None)
+        _load(model, False, False, None, None)
 
     with pytest.raises(EngineShutdownError):
         load()
