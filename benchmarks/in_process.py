@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import NUM_LAYERS, Prompt, adapter_folders, make_prompts
+from benchmarks.models import Prompt, adapter_folders, make_prompts
 from mlops import engine
 from mlops.checkpoints import recognise
 
@@ -77,31 +77,40 @@ class _Peer:
         _check_lengths([tokens], STREAM_TOKENS)
         return elapsed_s
 
-    def forward_seconds(self, prompts: Sequence[Prompt], num_steps: int) -> float:
-        """A decode step of mlx-lm's model and batch cache, the largest logit taken, and no more.
 
-        The next step is under way while the tokens of the last are read, as mlx-lm does it. The
-        prompts have one length.
-        """
-        import mlx.core as mx
-        from mlx_lm.models.cache import BatchKVCache
+def _forward_seconds(
+    loaded: engine.LoadedModel, prompts: Sequence[Prompt], num_steps: int
+) -> float:
+    """A decode step of the engine's model and caches, the largest logit taken, and no more.
 
-        cache = [BatchKVCache([0] * len(prompts)) for _ in range(NUM_LAYERS)]
+    No requests, no text, no scheduler. The next step is under way while the tokens of the last are
+    read. The prompts have one length. In the owner thread.
+    """
+    import mlx.core as mx
 
-        def step(tokens: mx.array) -> mx.array:
-            tokens = mx.argmax(self._model(tokens, cache=cache)[:, -1], axis=-1)
-            mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-            return tokens
+    from mlops.engine.kv import BatchCaches
+    from mlops.engine.prefill import new_caches, prefill
 
-        tokens = step(mx.array([list(prompt) for prompt in prompts]))
+    caches = BatchCaches(len(prompts))
+    empty = [new_caches(loaded.model) for _ in prompts]
+    caches.join(prefill(loaded.model, empty, [prompt[:-1] for prompt in prompts]))
+
+    def step(tokens: mx.array) -> mx.array:
+        caches.prepare_step()
+        tokens = mx.argmax(loaded.model(tokens[:, None], cache=caches.layers)[:, -1], axis=-1)
+        caches.end_step()
+        mx.async_eval(tokens, caches.arrays())  # type: ignore[no-untyped-call]
+        return tokens
+
+    tokens = step(mx.array([prompt[-1] for prompt in prompts]))
+    tokens.tolist()
+    start_s = time.perf_counter()
+    for _ in range(num_steps):
+        following = step(tokens)
         tokens.tolist()
-        start_s = time.perf_counter()
-        for _ in range(num_steps):
-            following = step(tokens[:, None])
-            tokens.tolist()
-            tokens = following
-        tokens.tolist()
-        return (time.perf_counter() - start_s) / num_steps
+        tokens = following
+    tokens.tolist()
+    return (time.perf_counter() - start_s) / num_steps
 
 
 @contextlib.contextmanager
@@ -205,7 +214,7 @@ def measure_throughput(folder: Path, seed: str) -> dict[str, Measurements]:
     found = {
         "offline": _in_turn({"our": ours_offline, "peer": theirs_offline}, 16 * NUM_TOKENS),
         "alone": _in_turn({"our": ours_alone, "peer": theirs_alone}, STREAM_TOKENS),
-        "overhead": _measure_overhead(plain, peer, seed),
+        "overhead": _measure_overhead(plain, seed),
         "prefix": _measure_prefix(plain, seed),
     }
     with _running(plain, 16) as without, _running(banked, 16, eight) as running:
@@ -240,8 +249,8 @@ def _measure_mixed(
     )
 
 
-def _measure_overhead(loaded: engine.LoadedModel, peer: _Peer, seed: str) -> Measurements:
-    """A decode step of 32 rows, by the engine and by the model alone, at the same cache lengths.
+def _measure_overhead(loaded: engine.LoadedModel, seed: str) -> Measurements:
+    """A decode step of 32 rows, by the engine and by its model alone, at the same cache lengths.
 
     All prompts have 32 tokens and prefill takes them at once, so from its first token to its last
     a row sees decode steps of the whole batch only.
@@ -255,7 +264,7 @@ def _measure_overhead(loaded: engine.LoadedModel, peer: _Peer, seed: str) -> Mea
         decoding_ms = [result.total_ms - result.first_token_ms for result in results]
         # The rows that were admitted first may have waited for the prefill of the others.
         steps_ms.append(min(decoding_ms) / num_steps)
-        forward_s = engine.run_in_owner(peer.forward_seconds, prompts, num_steps)
+        forward_s = engine.run_in_owner(_forward_seconds, loaded, prompts, num_steps)
         forwards_ms.append(1000 * forward_s)
     return {"step_ms": statistics.mean(steps_ms), "forward_ms": statistics.mean(forwards_ms)}
 

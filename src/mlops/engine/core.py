@@ -337,9 +337,7 @@ class Engine:
         if not leaving:
             return
         staying = [one for one in batch.sequences if one not in leaving]
-        for sequence in leaving:
-            if sequence.error is None and not sequence.is_cancelled:
-                self._keep(sequence)
+        self._keep([one for one in leaving if one.error is None and not one.is_cancelled])
         try:
             batch.leave(leaving)
         except BaseException as exc:
@@ -428,6 +426,7 @@ class Engine:
             if sequence.num_to_prefill == 0 and self._prefix_bytes > 0:
                 with self._harming_none():
                     kept = kv.compact(sequence.caches)
+                    kv.begin_computing([kept])
                     self._remember(sequence, sequence.num_prefilled, kept)
 
     def _decode(self) -> Step | None:
@@ -517,25 +516,26 @@ class Engine:
                 sequence.num_prefilled = sequence.num_cached = match.num_tokens
                 self._statistics.on_cached(match.num_tokens)
 
-    def _keep(self, sequence: Sequence) -> None:
-        """Keep a copy of a row for the prefix cache until all of its tokens are known."""
-        if self._prefix_bytes == 0:
+    def _keep(self, leaving: Many[Sequence]) -> None:
+        """Keep copies of rows for the prefix cache until all of their tokens are known."""
+        if self._prefix_bytes == 0 or not leaving:
             return
         with self._harming_none():
-            caches = self._batch.take(sequence)
-            # Before the next step is built: until then nothing else may hold the rectangle.
-            kv.begin_computing([caches])
-            sequence.kept = caches
-        if sequence.is_finished and sequence.kept is not None:
-            kept, sequence.kept = sequence.kept, None
-            self._remember(sequence, sequence.num_computed, kept)
+            copies = [self._batch.take(sequence) for sequence in leaving]
+            # Now, and not with the next step: while something else holds the rectangle, to write
+            # into it is to copy all of it.
+            kv.compute(copies)
+            for sequence, caches in zip(leaving, copies, strict=True):
+                if sequence.is_finished:
+                    self._remember(sequence, sequence.num_computed, caches)
+                else:
+                    sequence.kept = caches
 
     def _remember(self, sequence: Sequence, num_tokens: int, caches: kv.Caches) -> None:
         """Offer the state after the first `num_tokens` tokens to later requests."""
         if self._prefix_bytes == 0:
             return
         with self._harming_none():
-            kv.begin_computing([caches])
             self._prefix.add(
                 self._namespace(sequence),
                 sequence.all_tokens[:num_tokens],

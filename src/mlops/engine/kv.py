@@ -30,6 +30,9 @@ from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, RotatingKVCach
 GROWTH_TOKENS = 256
 """Columns that a full rectangle grows by, at least."""
 
+SPARE_TOKENS = 64
+"""Columns left free before the longest row: so much longer may the next one be that joins."""
+
 Caches = list[Any]
 """One cache per layer, of one sequence or of a batch."""
 
@@ -161,7 +164,7 @@ class RowKVCache(BatchKVCache):
         for name, like in (("keys", keys), ("values", values)):
             old = getattr(self, name)
             new = mx.zeros((num_rows, like.shape[1], num_columns, like.shape[3]), like.dtype)
-            if old is not None:
+            if old is not None and start < end:
                 rows = min(num_rows, old.shape[0])
                 new[:rows, :, start + shift : end + shift] = old[:rows, :, start:end]
             setattr(self, name, new)
@@ -183,13 +186,27 @@ class RowKVCache(BatchKVCache):
             self.keys[row : row + 1, :, start:left] = 0
             self.values[row : row + 1, :, start:left] = 0
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        if self.keys is not None:
-            start, end = self._columns.start, self._idx
-            for name in ("keys", "values"):
-                array = getattr(self, name)
-                array[target : target + 1, :, start:end] = array[source : source + 1, :, start:end]
+    def clear(self, first: int, last: int) -> None:
+        """Zero the columns from `first` up to `last` of all rows."""
+        if self.keys is not None and first < last:
+            self.keys[:, :, first:last] = 0
+            self.values[:, :, first:last] = 0
+
+    def copy(self, row: int) -> list[mx.array]:
+        """One row's columns, of keys and of values, to be given to `overwrite`."""
+        if self.keys is None:
+            return []
+        start, end = self._columns.start, self._idx
+        return [mx.contiguous(of_all[row : row + 1, :, start:end]) for of_all in self._arrays()]
+
+    def overwrite(self, row: int, copies: Sequence[mx.array]) -> None:
+        """Put what `copy` gave into another row."""
+        start, end = self._columns.start, self._idx
+        for of_all, of_row in zip(self._arrays(), copies, strict=False):
+            of_all[row : row + 1, :, start:end] = of_row
+
+    def _arrays(self) -> tuple[Any, Any]:
+        return self.keys, self.values
 
     def take(self, row: int) -> KVCache:
         """A copy of one row's state as a cache of its own."""
@@ -228,9 +245,12 @@ class BatchCaches:
         """Append rows: each sequence's caches, one per layer, are copied in."""
         lengths = [_num_tokens(caches) for caches in sequences]
         self._make_room(len(sequences), max(lengths))
-        first_row, end = self.num_rows, self._columns.end
+        first_row, end, start = self.num_rows, self._columns.end, self._columns.start
         self._columns.lefts += [end - length for length in lengths]
         self._columns.changed()
+        if first_row > 0:  # the rows that were there become wider
+            for layer in self._rectangles():
+                layer.clear(self._columns.start, start)
         is_new = not self.layers
         for number, singles in enumerate(zip(*sequences, strict=True)):
             if type(singles[0]) is KVCache:
@@ -247,25 +267,36 @@ class BatchCaches:
 
     def leave(self, rows: Sequence[int]) -> list[int]:
         """Remove rows; gives for each row that remains which one it was."""
-        order = list(range(self.num_rows))
         if len(rows) == self.num_rows:
-            self.layers = []
-            self._columns = Columns()
+            self._empty()
             return []
+        order = list(range(self.num_rows))
         for row in sorted(rows, reverse=True):
-            last = len(order) - 1
-            if row < last:
-                for layer in self._rectangles():
-                    layer.move(last, row)
-                order[row] = order[last]
-                self._columns.lefts[row] = self._columns.lefts[last]
+            order[row] = order[-1]
             order.pop()
-            self._columns.lefts.pop()
+        moved = [row for row, source in enumerate(order) if row != source]
+        copies = [[layer.copy(order[row]) for row in moved] for layer in self._rectangles()]
+        # Now: a rectangle that a copy still waits for would itself be copied by the next write.
+        mx.eval(copies)
+        for layer, of_layer in zip(self._rectangles(), copies, strict=True):
+            for row, of_row in zip(moved, of_layer, strict=True):
+                layer.overwrite(row, of_row)
+        self._columns.lefts = [self._columns.lefts[source] for source in order]
         self._columns.changed()
         for layer in self.layers:
             if not isinstance(layer, RowKVCache):
                 layer.filter(order)
         return order
+
+    def _empty(self) -> None:
+        """Forget all rows; rectangles stay for the next ones."""
+        columns = self._columns
+        columns.lefts = []
+        columns.end = max(0, columns.column_capacity - GROWTH_TOKENS)
+        columns.changed()
+        if any(not isinstance(layer, RowKVCache) for layer in self.layers):
+            self.layers = []
+            self._columns = Columns()
 
     def take(self, row: int) -> Caches:
         """A copy of one row's state: caches as of a single sequence."""
@@ -318,11 +349,12 @@ class BatchCaches:
         ):
             return
         if num_rows > columns.row_capacity:
-            columns.row_capacity = max(num_rows, min(2 * columns.row_capacity, self._max_rows))
+            columns.row_capacity = max(num_rows, min(4 * columns.row_capacity, self._max_rows))
         width = max(columns.end - columns.start, longest)
-        columns.column_capacity = width + max(GROWTH_TOKENS, width // 4)
-        shift = width - columns.end  # the longest row then begins at column 0
+        columns.column_capacity = SPARE_TOKENS + width + max(GROWTH_TOKENS, width // 4)
+        shift = SPARE_TOKENS + width - columns.end
         for layer in self._rectangles():
+            layer._idx = columns.end
             layer.shift(shift)
         columns.lefts = [left + shift for left in columns.lefts]
         columns.end += shift
@@ -452,8 +484,16 @@ def compact(caches: Caches) -> Caches:
 
 def begin_computing(caches: Iterable[Caches]) -> None:
     """Begin to compute the states of sequences, without waiting for them."""
-    states = [cache.state for of_one in caches for cache in of_one if not cache.empty()]
-    mx.async_eval(states)  # type: ignore[no-untyped-call]
+    mx.async_eval(_states(caches))  # type: ignore[no-untyped-call]
+
+
+def compute(caches: Iterable[Caches]) -> None:
+    """Compute the states of sequences."""
+    mx.eval(_states(caches))
+
+
+def _states(caches: Iterable[Caches]) -> list[Any]:
+    return [cache.state for of_one in caches for cache in of_one if not cache.empty()]
 
 
 def _num_tokens(caches: Caches) -> int:
