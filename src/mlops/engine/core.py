@@ -274,6 +274,7 @@ class Engine:
         if self._is_computing or self.adapters.drained():
             self._schedule()
             return
+        self._batch.release()
         with self._lock:
             if self._scheduler.num_waiting == 0:
                 self._idle.set()

@@ -288,15 +288,19 @@ class BatchCaches:
                 layer.filter(order)
         return order
 
+    def release(self) -> None:
+        """Give the memory back; there are no rows."""
+        self.layers = []
+        self._columns = Columns()
+
     def _empty(self) -> None:
-        """Forget all rows; rectangles stay for the next ones."""
+        """Forget all rows; rectangles stay for the next ones, until `release`."""
         columns = self._columns
         columns.lefts = []
         columns.end = max(0, columns.column_capacity - GROWTH_TOKENS)
         columns.changed()
         if any(not isinstance(layer, RowKVCache) for layer in self.layers):
-            self.layers = []
-            self._columns = Columns()
+            self.release()
 
     def take(self, row: int) -> Caches:
         """A copy of one row's state: caches as of a single sequence."""
@@ -378,8 +382,12 @@ class SingleCaches:
 
     def leave(self, rows: Sequence[int]) -> list[int]:
         """Drop the caches."""
-        self.layers = []
+        self.release()
         return []
+
+    def release(self) -> None:
+        """Give the memory back; there is no row."""
+        self.layers = []
 
     def take(self, row: int) -> Caches:
         """A copy of the state; `row` is 0."""

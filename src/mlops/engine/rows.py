@@ -93,6 +93,11 @@ class DecodeBatch:
             self._inputs = None
         self._members_changed()
 
+    def release(self) -> None:
+        """Give the caches' memory back, when the batch is empty."""
+        if not self.sequences:
+            self._caches.release()
+
     def take(self, sequence: Sequence) -> Caches:
         """A copy of the caches of one row, computed before the next step."""
         return self._caches.take(self.sequences.index(sequence))
