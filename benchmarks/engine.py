@@ -12,8 +12,8 @@ tokens at temperature 0, warm, with the same BLAS.
 - *adapters enabled, none used*: base rows, against an engine that never had an adapter.
 - *repeated prefix*: time to first token of a prompt whose first 1,000 of 1,016 tokens were seen
   before, against the first time.
-- *overhead*: a decode step of the engine at 32 rows, less the same step of its model and caches alone
-  at the same lengths, as a part of the latter.
+- *overhead*: a decode step of the engine at 32 rows, less the same step of its model and caches
+  alone at the same lengths, as a part of the latter.
 - *memory*: MLX's active bytes with 64 adapters resident, over base and adapter files together.
 """
 
