@@ -52,16 +52,6 @@ class Faulty:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write_language_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def loaded(base: Path) -> LoadedModel:
-    return engine.load_model(base)
-
-
-@pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         name: tiny_models.write_lora_adapter(tmp_path_factory.mktemp(name), base, seed=number)

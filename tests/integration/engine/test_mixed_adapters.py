@@ -200,16 +200,6 @@ def test_rows_of_different_adapters_answer_as_mlx_lm_does(
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write_language_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def loaded(base: Path) -> LoadedModel:
-    return engine.load_model(base)
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, base: Path) -> list[Path]:
     """Twelve adapters of one size that answer differently."""
     folder = tmp_path_factory.mktemp("adapters")
