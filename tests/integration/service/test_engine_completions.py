@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from mlops.serving.http import RunnerHost, ServiceInfo, create_app
+from mlops.serving.http import RunnerHost, Served, ServiceInfo, create_app
 from mlops.serving.runner import MLXModelRunner
 from tiny_models import write_language_model, write_lora_adapter
 
@@ -37,7 +37,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunnerHost]:
 
 @pytest.fixture
 def client(host: RunnerHost) -> TestClient:
-    return TestClient(create_app(host, ServiceInfo("tiny")), raise_server_exceptions=False)
+    return TestClient(create_app(Served(host, ServiceInfo("tiny"))), raise_server_exceptions=False)
 
 
 def texts(client: TestClient, **fields: Any) -> list[str]:

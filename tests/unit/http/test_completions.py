@@ -21,7 +21,7 @@ from mlops.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from mlops.serving.http import RunnerHost, ServiceInfo, create_app
+from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
 from mlops.serving.http.completions import RUNNER_FIELDS, parse_completion
 from mlops.serving.http.sse import GRACE_S, EventStream
 from mlops.serving.runner.base import TextChunk
@@ -49,12 +49,14 @@ def wait_for(condition: Callable[[], Any]) -> None:
 def serving() -> Iterator[Serve]:
     hosts: list[RunnerHost] = []
 
-    def serve(runner: EchoRunner, info: ServiceInfo = INFO, **settings: Any) -> TestClient:
-        host = RunnerHost(lambda: runner, **settings)
+    def serve(
+        runner: EchoRunner, settings: HTTPSettings = HTTPSettings(), **limits: Any
+    ) -> TestClient:
+        host = RunnerHost(lambda: runner, **limits)
         hosts.append(host)
         host.start()
         wait_for(lambda: host.status != "loading")
-        return TestClient(create_app(host, info), raise_server_exceptions=False)
+        return TestClient(create_app(Served(host, INFO, settings)), raise_server_exceptions=False)
 
     yield serve
     for host in hosts:
@@ -290,7 +292,7 @@ def test_any_body_is_parsed_or_refused(body: dict[str, Any]) -> None:
     ],
 )
 def test_bodies(serving: Serve, content_type: str, body: bytes, status: int) -> None:
-    client = serving(ScriptedRunner(), ServiceInfo("s", max_body_bytes=1000))
+    client = serving(ScriptedRunner(), HTTPSettings(max_body_bytes=1000))
     response = client.post("/v1/completions", content=body, headers={"content-type": content_type})
     assert response.status_code == status
     assert response.json()["error"].items() >= {"type": "invalid_request_error"}.items()

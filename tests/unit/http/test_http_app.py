@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from mlops.errors import IntegrityError, ServiceError
-from mlops.serving.http import RunnerHost, ServiceInfo, create_app
+from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
 
 NAMES = {"service_name": "my_service", "project_name": "my_project"}
 INFO = ServiceInfo("my_service", "my_project", "lora")
@@ -34,13 +34,16 @@ def serving() -> Iterator[Callable[..., TestClient]]:
     hosts: list[RunnerHost] = []
 
     def serve(
-        runner: EchoRunner, info: ServiceInfo = INFO, prometheus: Any = None, **settings: Any
+        runner: EchoRunner,
+        info: ServiceInfo = INFO,
+        settings: HTTPSettings = HTTPSettings(),
+        **limits: Any,
     ) -> TestClient:
-        host = RunnerHost(lambda: runner, **settings)
+        host = RunnerHost(lambda: runner, **limits)
         hosts.append(host)
         host.start()
         wait_for(lambda: host.status != "loading")
-        return TestClient(create_app(host, info, prometheus), raise_server_exceptions=False)
+        return TestClient(create_app(Served(host, info, settings)), raise_server_exceptions=False)
 
     yield serve
     for host in hosts:
@@ -115,7 +118,7 @@ def test_metrics(client: TestClient) -> None:
 
 
 def test_metrics_can_be_turned_off(serving: Callable[..., TestClient]) -> None:
-    client = serving(EchoRunner(), ServiceInfo("s", enable_metrics=False))
+    client = serving(EchoRunner(), settings=HTTPSettings(enable_metrics=False))
     assert client.get("/metrics").status_code == 404
 
 
@@ -176,7 +179,7 @@ def test_bodies(client: TestClient, content_type: str, body: bytes, status: int)
 
 
 def test_a_large_body_is_refused_while_it_is_read(serving: Callable[..., TestClient]) -> None:
-    client = serving(EchoRunner(), ServiceInfo("s", max_body_bytes=1000))
+    client = serving(EchoRunner(), settings=HTTPSettings(max_body_bytes=1000))
     read = 0
 
     def chunks() -> Iterator[bytes]:
@@ -209,7 +212,7 @@ def test_wrong_method_or_path(client: TestClient, method: str, path: str, status
 
 def test_before_anything_is_loaded() -> None:
     host = RunnerHost(EchoRunner)
-    client = TestClient(create_app(host, INFO))
+    client = TestClient(create_app(Served(host, INFO)))
     health = client.get("/health")
     assert health.status_code == 503
     assert health.json()["model_loaded"] is False
@@ -228,7 +231,7 @@ def test_a_request_waits_while_the_model_loads(load_error: Exception | None, sta
 
     host = RunnerHost(make_runner)
     host.start()
-    client = TestClient(create_app(host, INFO), raise_server_exceptions=False)
+    client = TestClient(create_app(Served(host, INFO)), raise_server_exceptions=False)
     assert client.get("/health").json()["status"] == "loading"
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/predict", json={"text": "a"})
@@ -320,7 +323,7 @@ def test_a_client_that_leaves_stops_the_work(serving: Callable[..., TestClient])
 def test_stopping_unloads_and_starting_again_works() -> None:
     runner = EchoRunner()
     host = RunnerHost(lambda: runner)
-    client = TestClient(create_app(host, INFO))
+    client = TestClient(create_app(Served(host, INFO)))
     for _ in range(2):
         host.start()
         wait_for(lambda: host.status == "healthy")

@@ -17,7 +17,7 @@ from mlops.errors import (
     QueueFullError,
     ServiceError,
 )
-from mlops.serving.http import RunnerHost, ServiceInfo, create_app
+from mlops.serving.http import RunnerHost, Served, ServiceInfo, create_app
 from mlops.serving.runner.base import TextRunner
 
 ASK = {"text": "Hi"}
@@ -191,7 +191,7 @@ def test_a_stream_begins_with_its_first_text(hosting: Callable[..., RunnerHost])
 
 def test_metrics_of_a_text_runner(hosting: Callable[..., RunnerHost]) -> None:
     host = hosting(ScriptedRunner)
-    client = TestClient(create_app(host, ServiceInfo("s")))
+    client = TestClient(create_app(Served(host, ServiceInfo("s"))))
     client.post("/predict", json=ASK)
     body = client.get("/metrics").json()
     assert (body["requests_running"], body["requests_waiting"]) == (2, 1)

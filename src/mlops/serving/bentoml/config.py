@@ -17,6 +17,7 @@ from mlops.errors import ConfigError
 from mlops.serving.bentoml import config_values as allow
 from mlops.serving.bentoml.config_sources import flatten_batching, read_environment, read_file
 from mlops.serving.bentoml.config_values import CheckedFields, Rule
+from mlops.serving.bentoml.http_options import HTTPOptions
 
 if TYPE_CHECKING:
     from mlops.hardware import HardwareInfo
@@ -116,14 +117,26 @@ class AppleSiliconOptimization(CheckedFields):
         return max(1, limit)
 
 
-def _apple_silicon(value: Any) -> AppleSiliconOptimization:
-    if value is None:
-        return AppleSiliconOptimization()
-    if isinstance(value, Mapping):
-        return AppleSiliconOptimization(**_with_text_keys(value, "apple_silicon"))
-    if not isinstance(value, AppleSiliconOptimization):
-        raise TypeError
-    return value
+_SECTIONS: dict[str, type[AppleSiliconOptimization] | type[HTTPOptions]] = {
+    "apple_silicon": AppleSiliconOptimization,
+    "http": HTTPOptions,
+}
+
+
+def _section(name: str) -> Rule:
+    """A field that is a table of its own fields."""
+    kind = _SECTIONS[name]
+
+    def accept(value: Any) -> Any:
+        if value is None:
+            return kind()
+        if isinstance(value, Mapping):
+            return kind(**_with_text_keys(value, name))
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return Rule(f"{kind.__name__} or a table of its fields", accept)
 
 
 @dataclass(kw_only=True)
@@ -151,6 +164,7 @@ class BentoMLConfig(CheckedFields):
         enable_apple_silicon_optimization: use `apple_silicon`'s memory limits, batch limit, Neural
             Engine and thermal awareness.
         apple_silicon: what of an Apple chip is used.
+        http: API keys, limits, logs and shutdown.
         ray_serve_enabled: run a BENTOML service on Ray Serve too, as HYBRID does.
         ray_address: the cluster: "auto" (one that runs already), "local" (start one here),
             "HOST:PORT" or "ray://HOST:PORT".
@@ -182,6 +196,7 @@ class BentoMLConfig(CheckedFields):
     memory_per_worker_mb: int | None = None
     enable_apple_silicon_optimization: bool = True
     apple_silicon: AppleSiliconOptimization = field(default_factory=AppleSiliconOptimization)
+    http: HTTPOptions = field(default_factory=HTTPOptions)
     ray_serve_enabled: bool = False
     ray_address: str | None = None
     ray_deployment_name: str | None = None
@@ -213,9 +228,8 @@ class BentoMLConfig(CheckedFields):
         "cpu_per_worker": allow.optional(allow.positive_number(1024)),
         "memory_per_worker_mb": allow.optional(allow.whole_number(1, 1 << 24)),
         "enable_apple_silicon_optimization": allow.flag(),
-        "apple_silicon": Rule(
-            "an AppleSiliconOptimization or a table of its fields", _apple_silicon
-        ),
+        "apple_silicon": _section("apple_silicon"),
+        "http": _section("http"),
         "ray_serve_enabled": allow.flag(),
         "ray_address": allow.optional(allow.ray_address()),
         "ray_deployment_name": allow.optional(
@@ -240,6 +254,7 @@ class BentoMLConfig(CheckedFields):
         """
         super().validate()
         self.apple_silicon.validate()
+        self.http.validate()
         self._check_together()
 
     @classmethod
@@ -251,7 +266,7 @@ class BentoMLConfig(CheckedFields):
     ) -> BentoMLConfig:
         """The configuration from arguments, the environment, a file and the defaults.
 
-        `apple_silicon` is layered field by field; any other field is taken whole.
+        `apple_silicon` and `http` are layered field by field; any other field is taken whole.
 
         Args:
             source: a YAML or TOML file, or a table with what such a file would say.
@@ -318,10 +333,7 @@ class BentoMLConfig(CheckedFields):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON and YAML types; `from_dict` reads it back."""
-        return {
-            name: value.value if isinstance(value, Enum) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     def to_bentoml_config(self) -> dict[str, Any]:
         """Keyword arguments for `bentoml.service`, other than `name`.
@@ -495,12 +507,28 @@ class BentoMLConfig(CheckedFields):
                 high,
                 f"at least {low}, which ray_min_replicas or workers asks for",
             )
+        if self.http.enable_runtime_adapters and self.workers > 1:
+            raise allow.not_allowed(
+                "BentoMLConfig.workers",
+                self.workers,
+                "1 with http.enable_runtime_adapters: a request reaches one worker, and the others "
+                "would not know the adapter",
+            )
         if self.max_latency_ms >= self.timeout * 1000:
             raise allow.not_allowed(
                 "BentoMLConfig.max_latency_ms",
                 self.max_latency_ms,
                 f"less than the timeout of {self.timeout:g} s, or a longer timeout",
             )
+
+
+def _plain(value: Any) -> Any:
+    """A field's value, or a table of them, in JSON's and YAML's types."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _file(path: str | Path | None) -> dict[str, Any]:
@@ -514,8 +542,7 @@ def _file(path: str | Path | None) -> dict[str, Any]:
 
 
 def _environment(environ: Mapping[str, str] | None) -> dict[str, Any]:
-    sections = {"apple_silicon": AppleSiliconOptimization}
-    return read_environment(BentoMLConfig, sections, environ)
+    return read_environment(BentoMLConfig, _SECTIONS, environ)
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -527,14 +554,14 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win; a table of Apple silicon settings wins field by field."""
+    """Later layers win; those fields that are tables win field by field."""
     values: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
             below = values.get(name)
-            if isinstance(below, AppleSiliconOptimization):
+            if isinstance(below, AppleSiliconOptimization | HTTPOptions):
                 below = asdict(below)
-            if name == "apple_silicon" and isinstance(value, Mapping) and below:
+            if name in _SECTIONS and isinstance(value, Mapping) and below:
                 values[name] = {**below, **value}
             else:
                 values[name] = value

@@ -133,6 +133,16 @@ def positive_number(high: float) -> Rule:
     return Rule(f"a number above 0 and up to {high:g}", accept, float)
 
 
+def number_from_0(high: float) -> Rule:
+    above_0 = positive_number(high)
+
+    def accept(value: Any) -> float:
+        is_0 = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+        return 0.0 if is_0 else above_0.accept(value)
+
+    return Rule(f"a number from 0 to {high:g}", accept, float)
+
+
 def choice(options: type[Enum]) -> Rule:
     return Rule("one of " + ", ".join(repr(option.value) for option in options), options)
 
@@ -209,6 +219,21 @@ def labels() -> Rule:
         return {name.strip(): item.strip() for name, _, item in pairs}
 
     return Rule("a table of at most 100 texts to texts, such as team=ml,env=test", accept, parse)
+
+
+def origins() -> Rule:
+    """Origins of web pages; between commas in the environment."""
+    origin = text(pattern=r"\*|https?://[A-Za-z0-9.\[\]:_-]+")
+
+    def accept(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or len(value) > 100:
+            raise ValueError
+        return tuple(origin.accept(item) for item in value)
+
+    def parse(written: str) -> list[str]:
+        return [part.strip() for part in written.split(",")]
+
+    return Rule("a list of at most 100 origins such as https://example.com, or *", accept, parse)
 
 
 def optional(rule: Rule) -> Rule:

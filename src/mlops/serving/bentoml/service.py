@@ -12,17 +12,19 @@ import functools
 import inspect
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from starlette.middleware import Middleware
 
 from mlops.engine import EngineConfig
 from mlops.errors import BentoMLError, ConfigError, MLOpsError, ServiceError
 from mlops.serving.bentoml import supervision
 from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
-from mlops.serving.http import RunnerHost, ServiceInfo, Status
-from mlops.serving.http.app import PATHS, Handlers, app_of
+from mlops.serving.http import RunnerHost, Served, ServiceInfo, Status, create_app
+from mlops.serving.http.predict import predict as answer_predict
 from mlops.serving.runner.base import Runner
 
 if TYPE_CHECKING:
@@ -101,7 +103,6 @@ def create_bentoml_service(
         model_tag=tag,
         digest=digest,
         facts=functools.partial(_facts, settings),
-        enable_metrics=settings.enable_metrics,
     )
     host = RunnerHost(
         make_runner,
@@ -362,22 +363,19 @@ def _facts(settings: BentoMLConfig) -> dict[str, Any]:
 
 
 def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInfo) -> Service[Any]:
-    """BentoML's service: its instance starts the host, its app has our routes in front."""
+    """BentoML's service: its instance starts the host, its app stands behind ours."""
     import bentoml
 
-    handlers = Handlers(host, info)
+    served = Served(host, info)
 
     class ModelService(bentoml.Service):  # type: ignore[misc]
-        """A service whose routes come from `serving.http`.
-
-        They stand behind BentoML's middlewares, and so behind those that a user adds.
-        """
+        """A service whose routes come from `serving.http`."""
 
         def to_asgi(self, is_main: bool = True) -> Starlette:
-            app: Starlette = super().to_asgi(is_main)
-            _trace_requests_only(app)
-            _put_in_front(app, handlers, settings.enable_swagger)
-            return app
+            served.settings = settings.http.to_settings(
+                enable_metrics=settings.enable_metrics, enable_docs=settings.enable_swagger
+            )
+            return _behind_ours(served, super().to_asgi(is_main), self.middlewares)
 
     class Instance:
         """What BentoML runs in each worker."""
@@ -413,7 +411,8 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
             """Answer one request: generated text, or what the model computes from `input`."""
             fields = locals()
             del fields["self"]
-            return await handlers.predict({k: v for k, v in fields.items() if v is not None})
+            given = {name: value for name, value in fields.items() if value is not None}
+            return await answer_predict(served, given)
 
         async def __is_ready__(self) -> bool:
             return host.status is Status.HEALTHY
@@ -430,28 +429,34 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
     return service
 
 
-def _put_in_front(app: Starlette, handlers: Handlers, enable_swagger: bool) -> None:
-    from starlette.routing import Route
+def _behind_ours(
+    served: Served, app: Starlette, users_own: Sequence[tuple[Any, dict[str, Any]]]
+) -> Starlette:
+    """BentoML's app behind the routes of `serving.http`.
 
+    The middlewares that a user has added to the service come first, and so hold for every route.
+    BentoML's own are left out: ours trace, count and log each request once, at a fraction of their
+    cost, also when BentoML's app answers it.
+
+    Args:
+        users_own: classes and options, outermost first.
+    """
     routes = app.router.routes
-    handlers.prometheus = next(
-        (r.endpoint for r in routes if isinstance(r, Route) and r.name == "metrics"), None
-    )
-    ours = app_of(handlers)
-    if not enable_swagger:
+    if not served.settings.enable_docs:
         routes[:] = [r for r in routes if getattr(r, "name", None) not in _SWAGGER_ROUTES]
-    routes[:0] = [Route(path, ours) for path in PATHS]
-    app.router.default = ours  # an unknown path gets our JSON error
+    # What is left serves BentoML's own routes: its time limit, CORS as configured, its context.
+    not_again = {kind for kind, _ in users_own} | _replaced_middlewares()
+    app.user_middleware = [one for one in app.user_middleware if one.cls not in not_again]
+    first = [Middleware(kind, **options) for kind, options in users_own]
+    return create_app(served, middleware=first, inner=app)
 
 
-def _trace_requests_only(app: Starlette) -> None:
-    """One span for a request, none for each message: a stream has thousands of them."""
+def _replaced_middlewares() -> set[Any]:
+    from bentoml._internal.server.http.access import AccessLogMiddleware
+    from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
-    for middleware in app.user_middleware:
-        made_by: object = middleware.cls
-        if made_by is OpenTelemetryMiddleware:
-            middleware.kwargs["exclude_spans"] = ["receive", "send"]
+    return {AccessLogMiddleware, RunnerTrafficMetricsMiddleware, OpenTelemetryMiddleware}
 
 
 def _caller() -> str:

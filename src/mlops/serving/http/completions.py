@@ -16,11 +16,17 @@ from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
 from mlops.engine import BASE_NAME
 from mlops.errors import AdapterNotFoundError, InvalidRequestError
 from mlops.serving.http.errors import log_failure, openai_describe
 from mlops.serving.http.host import TextStream
-from mlops.serving.http.sse import DONE
+from mlops.serving.http.records import record_of
+from mlops.serving.http.served import Served
+from mlops.serving.http.sse import DONE, EventStream
+from mlops.serving.http.waiting import disconnection
 from mlops.serving.runner.base import Prediction, TextChunk
 
 DEFAULT_MAX_TOKENS = 16
@@ -94,6 +100,26 @@ def parse_completion(body: Mapping[str, Any], base_names: Collection[str]) -> Co
     return CompletionRequest(model, fields, stream, _include_usage(given, stream))
 
 
+async def post_completions(served: Served, request: Request, body: dict[str, Any]) -> Response:
+    """The endpoint."""
+    asked = parse_completion(body, served.info.model_names)
+    disconnected = disconnection(request.receive)
+    form = CompletionAnswer(asked.model)
+    try:
+        if not asked.stream:
+            prediction = await served.host.predict(asked.fields, disconnected, text_only=True)
+            record_of(request.scope).note(prediction)
+            return JSONResponse(form.whole(prediction))
+        stream = await served.host.stream(asked.fields, disconnected)
+    except AdapterNotFoundError as exc:
+        raise unknown_model(exc, asked.model) from exc
+    return EventStream(
+        form.events(stream, asked.include_usage),
+        release=stream.cancel,
+        deadline_s=stream.deadline_s,
+    )
+
+
 @dataclass(frozen=True)
 class CompletionAnswer:
     """The form of one request's answers: what all of them have in common."""
@@ -139,7 +165,7 @@ class CompletionAnswer:
                     yield f'{head}, "choices": [{_choice(chunk)}]{end}'.encode("ascii")
             last = DONE
             if include_usage:
-                usage = json.dumps(_usage(await stream.usage()))
+                usage = json.dumps(_usage((await stream.prediction())["usage"]))
                 last = f'{head}, "choices": [], "usage": {usage}}}\n\n'.encode("ascii") + DONE
         except Exception as exc:  # the status has been sent: told in the stream
             log_failure(exc)

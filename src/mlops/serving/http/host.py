@@ -60,10 +60,9 @@ class TextStream:
         async for chunk in self.rest:
             yield chunk
 
-    async def usage(self) -> Mapping[str, Any]:
-        """The request's tokens, once the chunks have ended."""
-        usage: Mapping[str, Any] = (await self.generating.prediction())["usage"]
-        return usage
+    async def prediction(self) -> Prediction:
+        """The whole answer, once the chunks have ended."""
+        return await self.generating.prediction()
 
     def cancel(self) -> None:
         """End the generation, wherever it is."""
@@ -110,6 +109,7 @@ class RunnerHost:
         self.text_runner: TextRunner | None = None
         self.batcher: Batcher | None = None
         self.failure: Exception | None = None
+        self.is_draining = False  # new clients should go elsewhere: `/readyz` says so
 
     @property
     def status(self) -> Status:

@@ -1,0 +1,120 @@
+"""What a service says of itself: `/health`, `/metrics` and the probes `/livez` and `/readyz`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from mlops.errors import MLOpsError
+from mlops.serving.http.errors import describe
+from mlops.serving.http.host import Status
+from mlops.serving.http.served import Served
+
+_NO_MEMORY = {
+    "cache_mb": 0.0,
+    "active_mb": 0.0,
+    "total_mb": 0.0,
+    "peak_mb": 0.0,
+    "mlx_available": False,
+}
+
+
+class Monitoring:
+    """The endpoints of one served model."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._facts: Mapping[str, Any] | None = None
+
+    async def get_livez(self, _: Request) -> Response:
+        """The process answers."""
+        return PlainTextResponse("\n")
+
+    async def get_readyz(self, _: Request) -> Response:
+        """Requests are welcome."""
+        host = self._served.host
+        is_ready = host.status is Status.HEALTHY and not host.is_draining
+        return PlainTextResponse("\n", 200 if is_ready else 503)
+
+    async def get_health(self, _: Request) -> Response:
+        served, status = self._served, self._served.host.status
+        memory = await self._memory()
+        body = {
+            "status": status.value,
+            **served.info.names,
+            "model_loaded": status is Status.HEALTHY,
+            "memory_usage_mb": memory["total_mb"],
+            "mlx_available": memory["mlx_available"],
+            "model_type": served.info.model_type,
+            "model_tag": served.info.model_tag,
+            "digest": served.info.digest,
+            **await self._further_facts(),
+        }
+        if (failure := served.host.failure) is not None:
+            body |= _told(failure)
+        return JSONResponse(body, 200 if status is Status.HEALTHY else 503)
+
+    async def get_metrics(self, request: Request) -> Response:
+        served = self._served
+        if not served.settings.enable_metrics:
+            raise HTTPException(404, "the metrics of this service are turned off")
+        return JSONResponse(
+            {
+                **served.info.names,
+                "memory_usage": await self._memory(),
+                "model_loaded": served.host.status is Status.HEALTHY,
+                "process_id": os.getpid(),
+                "uptime_s": round(time.monotonic() - served.started_s, 3),
+                "requests_by_status": dict(sorted(served.requests_by_status.items())),
+                **self._activity(),
+            }
+        )
+
+    def _activity(self) -> dict[str, Any]:
+        """What runs and waits, from the batcher or from the runner that batches by itself."""
+        host = self._served.host
+        running, sizes, further = 0, {}, {}
+        waiting = host.num_waiting
+        if (runner := host.text_runner) is not None:
+            engine = runner.statistics()  # {} from one that is just being unloaded
+            running, sizes = engine.get("running", 0), engine.get("batch_sizes", {})
+            waiting += engine.get("waiting", 0)
+            further = {"engine": engine}
+        elif (batcher := host.batcher) is not None:
+            running, sizes = batcher.num_running, batcher.batch_sizes
+        return {
+            "requests_running": running,
+            "requests_waiting": waiting,
+            "batches_by_size": dict(sorted(sizes.items(), key=lambda size: int(size[0]))),
+            **further,
+        }
+
+    async def _memory(self) -> dict[str, Any]:
+        runner = self._served.host.runner
+        if runner is None:
+            return dict(_NO_MEMORY)
+        # A runner may take its time here; the event loop does not wait for it.
+        return {**_NO_MEMORY, **await asyncio.to_thread(runner.get_memory_usage)}
+
+    async def _further_facts(self) -> Mapping[str, Any]:
+        runner, info = self._served.host.runner, self._served.info
+        if self._facts is None and runner is not None:
+            facts = await asyncio.to_thread(info.facts) if info.facts else {}
+            describe_model = getattr(runner, "describe", None)
+            of_model = describe_model() if describe_model else {}
+            known = {name: value for name, value in of_model.items() if value is not None}
+            self._facts = {**facts, **known}
+        return self._facts or {}
+
+
+def _told(failure: Exception) -> dict[str, Any]:
+    if isinstance(failure, MLOpsError):
+        return {"error": {"type": type(failure).__name__, "message": str(failure)}}
+    return describe(failure)

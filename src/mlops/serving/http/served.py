@@ -1,0 +1,91 @@
+"""What every endpoint works with: the runner, what the service is called, what is allowed.
+
+An endpoint is an async function `(served, request, body) -> Response`; `json_endpoint` reads the
+body before it and turns whatever it raises into a status and a JSON error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mlops.serving.http.bodies import read_json_object
+from mlops.serving.http.errors import error_response
+from mlops.serving.http.host import RunnerHost
+from mlops.serving.http.records import record_of
+from mlops.serving.http.settings import HTTPSettings
+
+CLIENT_LEFT = 499
+
+
+@dataclass(frozen=True)
+class ServiceInfo:
+    """What a service says of itself.
+
+    Attributes:
+        model: the model as the user named it: a folder, a tag or a hub id.
+        facts: further fields of `/health`, asked in a thread once the model is loaded; what the
+            runner's own `describe` says, where it has one, is added to them.
+    """
+
+    service_name: str
+    project_name: str = "default"
+    model_type: str = "mlx"
+    model: str | None = None
+    model_tag: str | None = None
+    digest: str | None = None
+    facts: Callable[[], Mapping[str, Any]] | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"service_name": self.service_name, "project_name": self.project_name}
+
+    @property
+    def model_names(self) -> frozenset[str]:
+        """What a client of OpenAI's API may call the served model."""
+        tag_name = self.model_tag.partition(":")[0] if self.model_tag else None
+        names = (self.service_name, self.model, self.model_tag, tag_name)
+        return frozenset(name for name in names if name)
+
+
+@dataclass
+class Served:
+    """One served model.
+
+    Attributes:
+        started_s: of `time.monotonic()`.
+        requests_by_status: answered so far, in this process.
+    """
+
+    host: RunnerHost
+    info: ServiceInfo
+    settings: HTTPSettings = field(default_factory=HTTPSettings)
+    started_s: float = field(default_factory=time.monotonic)
+    requests_by_status: Counter[int] = field(default_factory=Counter)
+
+
+Endpoint = Callable[[Served, Request, dict[str, Any]], Awaitable[Response]]
+
+
+def json_endpoint(
+    served: Served, answer: Endpoint, *, like_openai: bool = False
+) -> Callable[[Request], Awaitable[Response]]:
+    """Starlette's form of an endpoint that takes a JSON object."""
+
+    async def respond(request: Request) -> Response:
+        try:
+            body = await read_json_object(request, served.settings.max_body_bytes)
+            return await answer(served, request, body)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_LEFT)
+        except Exception as exc:  # told to the client, or to the log
+            record_of(request.scope).error = type(exc).__name__
+            return error_response(exc, like_openai=like_openai)
+
+    return respond
