@@ -20,6 +20,7 @@ from mlops.serving.bentoml.config import (
     ModelFramework,
     ServingBackend,
 )
+from mlops.serving.bentoml.http_options import HTTPOptions, LogFormat
 
 LINE = "a" * 255
 NOT_TEXT = [1, b"a", ["a"], ""]
@@ -45,6 +46,7 @@ GOOD: dict[str, list[Any]] = {
     "memory_per_worker_mb": [None, 1, 4096],
     "enable_apple_silicon_optimization": [True, False],
     "apple_silicon": [AppleSiliconOptimization(enable_ane=True)],
+    "http": [HTTPOptions(requests_per_minute=60)],
     "ray_serve_enabled": [True, False],
     "ray_address": [None, "auto", "local", "10.0.0.1:6379", "ray://head.local:10001", "[::1]:6379"],
     "ray_deployment_name": [None, "adapters"],
@@ -76,6 +78,7 @@ BAD: dict[str, list[Any]] = {
     "memory_per_worker_mb": [0, 0.5, True, "512Mi"],
     "enable_apple_silicon_optimization": NOT_A_FLAG,
     "apple_silicon": [1, "M3", ["enable_ane"]],
+    "http": [1, "open", ["log_prompts"]],
     "ray_serve_enabled": NOT_A_FLAG,
     "ray_address": ["", "head", "head:0", "head:99999", "http://head:1", "head:1\n", 6379],
     "ray_deployment_name": ["", "a#b", "a/b", 1],
@@ -94,6 +97,38 @@ APPLE_BAD: dict[str, list[Any]] = {
     "chip_type": ["", "apple", "M", "M3\n", 3],
 }
 
+HTTP_GOOD: dict[str, list[Any]] = {
+    "max_body_bytes": [1024, 1 << 30],
+    "max_prompt_tokens": [None, 1, 100_000],
+    "api_key_file": [None, "/run/secrets/keys"],
+    "requests_per_minute": [None, 1, 1_000_000],
+    "max_concurrent_requests": [None, 1, 100_000],
+    "cors_origins": [(), ("https://example.com", "http://localhost:5173"), ("*",)],
+    "log_requests": [True, False],
+    "log_prompts": [True, False],
+    "log_format": list(LogFormat),
+    "enable_runtime_adapters": [True, False],
+    "adapter_folder": [None, "/srv/adapters"],
+    "shutdown_delay": [0, 5, 0.5],
+    "shutdown_timeout": [0, 30, 86_400],
+}
+
+HTTP_BAD: dict[str, list[Any]] = {
+    "max_body_bytes": [0, 1023, 1.5, True, None, "4M"],
+    "max_prompt_tokens": [0, True, 1.5],
+    "api_key_file": ["", 1, "a\nb"],
+    "requests_per_minute": [0, -1, True, 1_000_001],
+    "max_concurrent_requests": [0, True, "2"],
+    "cors_origins": ["*", None, ["example.com"], ["https://a.b/path"], ["null"], [1], ["*"] * 101],
+    "log_requests": NOT_A_FLAG,
+    "log_prompts": NOT_A_FLAG,
+    "log_format": ["xml", None, 1],
+    "enable_runtime_adapters": NOT_A_FLAG,
+    "adapter_folder": ["", 1, "a\nb"],
+    "shutdown_delay": [-1, 3601, float("nan"), True, None, "1"],
+    "shutdown_timeout": [-0.1, 86_401, float("inf"), None],
+}
+
 
 def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     return [(name, value) for name, values in table.items() for value in values]
@@ -103,6 +138,7 @@ def test_every_field_has_examples_here() -> None:
     names = {field.name for field in fields(BentoMLConfig)}
     assert names == set(GOOD) == set(BAD)
     assert {field.name for field in fields(AppleSiliconOptimization)} == set(APPLE_BAD)
+    assert {field.name for field in fields(HTTPOptions)} == set(HTTP_GOOD) == set(HTTP_BAD)
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(GOOD))
@@ -133,6 +169,31 @@ def test_bad_apple_silicon_values_are_refused_by_name(name: str, value: Any) -> 
         BentoMLConfig(apple_silicon={name: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=name):
         setattr(BentoMLConfig().apple_silicon, name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(HTTP_GOOD))
+def test_good_http_options_are_kept_through_a_file(name: str, value: Any) -> None:
+    config = BentoMLConfig(http=HTTPOptions(**{name: value}))
+    assert getattr(config.http, name) == value
+    written = json.loads(json.dumps(config.to_dict()))
+    assert BentoMLConfig.from_dict(written).http == config.http
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(HTTP_BAD))
+def test_bad_http_options_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        HTTPOptions(**{name: value})
+    with pytest.raises(ConfigError, match=name):
+        BentoMLConfig(http={name: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=name):
+        setattr(BentoMLConfig().http, name, value)
+
+
+def test_runtime_adapters_need_one_worker() -> None:
+    config = BentoMLConfig(workers=2)
+    config.http.enable_runtime_adapters = True
+    with pytest.raises(ConfigError, match="a request reaches one worker"):
+        config.validate()
 
 
 def test_an_error_names_field_value_and_what_is_allowed() -> None:

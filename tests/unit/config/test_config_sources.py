@@ -12,6 +12,7 @@ import yaml
 
 from mlops.errors import ConfigError
 from mlops.serving.bentoml.config import AppleSiliconOptimization, BentoMLConfig, ModelFramework
+from mlops.serving.bentoml.http_options import HTTPOptions
 
 GUIDE_BENTOFILE = """
 runner:
@@ -50,8 +51,16 @@ def test_precedence(tmp_path: Path) -> None:
 
 def test_a_table_stands_where_a_file_does() -> None:
     table = BentoMLConfig(workers=2, port=3001).to_dict()
-    environ = {"MLOPS_WORKERS": "3", "MLOPS_APPLE_SILICON__ENABLE_ANE": "true"}
+    table["http"]["log_prompts"] = True
+    environ = {
+        "MLOPS_WORKERS": "3",
+        "MLOPS_APPLE_SILICON__ENABLE_ANE": "true",
+        "MLOPS_HTTP__CORS_ORIGINS": "https://a.example, https://b.example",
+    }
     config = BentoMLConfig.load(table, environ, timeout=20)
+    assert config.http == HTTPOptions(
+        log_prompts=True, cors_origins=("https://a.example", "https://b.example")
+    )
     assert (config.workers, config.port, config.timeout) == (3, 3001, 20)
     assert config.apple_silicon.enable_ane
 

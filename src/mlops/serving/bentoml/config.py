@@ -482,6 +482,8 @@ class BentoMLConfig(CheckedFields):
                 f"memory_per_worker_mb: {self.workers} workers of {self.memory_per_worker_mb} MiB "
                 f"are more than the {hardware.memory_bytes // _MIB} MiB here."
             )
+        if self.http.adapter_folder and not self.http.enable_runtime_adapters:
+            notes.append("http.adapter_folder: needs http.enable_runtime_adapters.")
         if not self.uses_ray:
             notes += [
                 f"{name}: the serving_backend 'bentoml' does not use Ray."
