@@ -13,7 +13,7 @@ import sys
 
 from benchmarks.report import HEADER, Figure, write_json
 
-NAMES = ("packaging", "blas", "health", "engine", "serving")
+NAMES = ("packaging", "blas", "health", "engine", "serving", "no_op", "guided", "soak")
 
 
 def main() -> int:
@@ -21,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--minutes", type=float, help="how long soak goes on")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(NAMES)
     if unknown:
@@ -28,7 +29,8 @@ def main() -> int:
     every: list[Figure] = []
     for name in arguments.names or NAMES:
         print(f"{name}: {arguments.runs} runs …", file=sys.stderr, flush=True)
-        figures = importlib.import_module(f"benchmarks.{name}").run(arguments.runs)
+        options = {"minutes": arguments.minutes} if name == "soak" and arguments.minutes else {}
+        figures = importlib.import_module(f"benchmarks.{name}").run(arguments.runs, **options)
         write_json(name, figures)
         every += figures
     print(HEADER)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.in_process throughput FOLDER SEED
     python -m benchmarks.in_process memory FOLDER
+    python -m benchmarks.in_process streams FOLDER SEED NUM_REQUESTS ROWS
 
 print raw measurements as JSON on their last line. FOLDER is what `benchmarks.models` wrote. The
 BLAS is in place before MLX loads, so mlx-lm's side has it too. mlx-lm's functions run in the thread
@@ -10,6 +11,7 @@ that owns MLX, with their own copy of the model, while no engine is open.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import statistics
@@ -314,8 +316,31 @@ def measure_memory(folder: Path) -> dict[str, Measurements]:
     return {"memory": memory}
 
 
+def measure_streams(folder: Path, seed: str, num_requests: int, rows: int) -> float:
+    """Tokens per second of readers in this process, so many at a time as there are rows."""
+
+    async def read_in_turn(running: engine.Engine, prompts: Iterator[Prompt]) -> None:
+        for prompt in prompts:
+            request = engine.GenerationRequest(prompt=prompt, max_tokens=NUM_TOKENS)
+            count = 0
+            async for event in running.submit(request).events():
+                count += len(event.tokens)
+            _check_lengths([range(count)], NUM_TOKENS)
+
+    async def read_all(running: engine.Engine) -> None:
+        prompts = iter(make_prompts(seed, num_requests))
+        await asyncio.gather(*(read_in_turn(running, prompts) for _ in range(rows)))
+
+    with _running(engine.load_model(folder / "base"), rows) as running:
+        start_s = time.perf_counter()
+        asyncio.run(read_all(running))
+        return NUM_TOKENS * num_requests / (time.perf_counter() - start_s)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "memory":
         print(json.dumps(measure_memory(Path(sys.argv[2]))))
+    elif sys.argv[1] == "streams":
+        print(measure_streams(Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])))
     else:
         print(json.dumps(measure_throughput(Path(sys.argv[2]), sys.argv[3])))

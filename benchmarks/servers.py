@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+REPOSITORY = Path(__file__).parents[1]
 READY_S = 180.0
 END_S = 30.0
 MAX_ROWS = 32
@@ -39,18 +40,39 @@ def mlops_server(
         folder: an empty folder for the service's module and BentoML's files; made if need be.
         config: of `BentoMLConfig`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     arguments = {
         "adapters": {name: str(path) for name, path in (adapters or {}).items()},
         "config": config,
     }
-    (folder / "service.py").write_text(
+    source = (
         "from mlops.serving.bentoml.service import create_bentoml_service\n"
         f"svc = create_bentoml_service({str(model)!r}, 'bench', **{arguments!r})\n"
     )
-    command = [sys.executable, "-m", "bentoml", "serve", "service:svc"]
-    environment = {"BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True"}
+    with bentoml_server(folder, source) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def bentoml_server(folder: Path, source: str) -> Iterator[int]:
+    """Serve the one service that this module's source makes, with `bentoml serve`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "service.py").write_text(source)
+    command = [sys.executable, "-m", "bentoml", "serve", "."]
+    environment = {
+        "BENTOML_HOME": str(folder / "home"),
+        "BENTOML_DO_NOT_TRACK": "True",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     with _running(command, folder, "/readyz", environment) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def peer_server(folder: Path, module: str, *options: str) -> Iterator[int]:
+    """Run a module of the benchmarks that is a server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", module, *options]
+    with _running(command, folder, "/readyz", {"PYTHONPATH": str(REPOSITORY)}) as port:
         yield port
 
 

@@ -11,6 +11,10 @@ the same command without `mlops run --`; it is slow, so both sides get one wave 
 fewer runs, as they do for adapters. There a request to the peer has the model's path in `model` and
 the adapter's in `adapters`; one to ours has the adapter's name in `model`.
 
+*The engine called in process* reads its streams in the process that computes them: as many readers
+as there are clients, the same prompts, the same `bentoml serve` waiting idle meanwhile. *Clients at
+once* all connect in the same moment; a connection is lost when it ends without an answer.
+
 Times hold what a client sees, with one connection a request, since the peer offers no more. Where
 the peer drops a connection the client asks again; `resets` counts these. `same_text` is the share
 of the answers that are the same text on both sides; `client_share` what the clients used of a core.
@@ -19,6 +23,8 @@ of the answers that are the same text on both sides; `client_share` what the cli
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +40,7 @@ NUM_ADAPTERS = 8
 NUM_REQUESTS = {16: 48, 32: 96}
 """By clients."""
 
+CROWD = 256
 SLOW_RUNS = 2
 SLOW_REQUESTS = 16
 """Where the peer needs some 40 s for so many: one wave, and not more than so many runs."""
@@ -90,6 +97,7 @@ def run(runs: int) -> list[Figure]:
         if has_slow_peer:
             figures += _measure_as_installed(folder, min(runs, SLOW_RUNS))
         figures += _measure_adapters(folder, min(runs, SLOW_RUNS))
+        figures += _measure_against_engine(folder, runs)
     return figures
 
 
@@ -124,6 +132,43 @@ def _measure_base(folder: Path, runs: int) -> list[Figure]:
         raw={"ms": our_ms, "peer_ms": their_ms, **_raw(streamed)},
     )
     return [*figures, first_token]
+
+
+def _measure_against_engine(folder: Path, runs: int) -> list[Figure]:
+    """What HTTP takes away, and whether it loses anybody."""
+    over_http, in_process, resets = [], [], []
+    with mlops_server(folder / "ours-http", folder / "base", max_batch_size=MAX_ROWS) as port:
+        ours = _Server(port, _as_base)
+        ours.warm_up()
+        for number in range(runs):
+            seed, count = f"in process, run {number}", NUM_REQUESTS[32]
+            over_http.append(ours.ask(seed, count, 32, stream=True).tokens_per_s)
+            in_process.append(_tokens_per_s_in_process(folder, seed, count))
+            prompts = make_prompts(f"crowd {number}", CROWD)
+            crowd = ask_all(port, prompts, _as_base, num_clients=CROWD, max_tokens=4)
+            resets.append(float(crowd.num_resets))
+    return [
+        Figure(
+            "32 streams over HTTP, tokens/s: part",
+            "the engine called in process",
+            [a / b for a, b in zip(over_http, in_process, strict=True)],
+            floor=0.92,
+            aim=0.97,
+            raw={"tokens_per_s": over_http, "in_process_tokens_per_s": in_process},
+        ),
+        Figure(
+            f"connections lost, {CROWD} clients at once", "", resets, floor=0, aim=0, at_least=False
+        ),
+    ]
+
+
+def _tokens_per_s_in_process(folder: Path, seed: str, num_requests: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.in_process", "streams", str(folder), seed]
+    command += [str(num_requests), str(MAX_ROWS)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return float(done.stdout.splitlines()[-1])
 
 
 def _measure_as_installed(folder: Path, runs: int) -> list[Figure]:
