@@ -8,6 +8,7 @@ Only names and headers are read; no weights are loaded and no framework is impor
     other_formats   PyTorch, ONNX, Core ML and MLX function files
     consistency     does config.json describe these tensors
     architectures   which architectures the installed mlx-lm has
+    pooling         how a model made for embeddings gives them
     tensors         all tensors of a checkpoint, and their shapes when quantized
     safetensors     the header of one file
     files           which files a folder holds; links, globs, bounded JSON
@@ -27,6 +28,7 @@ from mlops.checkpoints.checkpoint import (
     TensorInfo,
 )
 from mlops.checkpoints.files import CheckpointFile, list_files
+from mlops.checkpoints.pooling import Pooling, PoolingMode
 from mlops.checkpoints.recognition import recognise
 from mlops.checkpoints.safetensors import SafetensorsHeader, read_header
 
@@ -36,6 +38,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointFile",
     "CheckpointKind",
+    "Pooling",
+    "PoolingMode",
     "SafetensorsHeader",
     "TensorInfo",
     "adapter_delta_is_zero",

@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mlops.checkpoints.pooling import Pooling
+
 
 class CheckpointKind(StrEnum):
     """What a checkpoint is, and so what can be done with it."""
@@ -126,6 +128,9 @@ class Checkpoint:
         has_tokenizer: a tokenizer lies beside the weights.
         config: content of `config.json` or `adapter_config.json`, else empty.
         adapter: what an adapter changes, else None.
+        pooling: how a model made for embeddings gives them, else None.
+        is_headless: the names in the weight files lack the `model.` that a model with an output
+            layer has; the names in `tensors` have it.
         description: one phrase for people.
     """
 
@@ -144,6 +149,8 @@ class Checkpoint:
     has_tokenizer: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     adapter: AdapterInfo | None = None
+    pooling: Pooling | None = None
+    is_headless: bool = False
 
 
 def count(number: int, noun: str) -> str:

@@ -90,6 +90,29 @@ def read_json(file: CheckpointFile) -> dict[str, Any]:
     Raises:
         PackagingError: it is too large, not UTF-8, not JSON or not an object.
     """
+    content = _read_json(file)
+    if not isinstance(content, dict):
+        raise refusal(
+            f"{file.relative_path} is not a JSON object", file.path, file=file.relative_path
+        )
+    return content
+
+
+def read_json_list(file: CheckpointFile) -> list[Any]:
+    """The list in a JSON file of bounded size.
+
+    Raises:
+        PackagingError: it is too large, not UTF-8, not JSON or not a list.
+    """
+    content = _read_json(file)
+    if not isinstance(content, list):
+        raise refusal(
+            f"{file.relative_path} is not a JSON list", file.path, file=file.relative_path
+        )
+    return content
+
+
+def _read_json(file: CheckpointFile) -> Any:
     name = file.relative_path
     if file.size > MAX_JSON_BYTES:
         raise refusal(
@@ -99,14 +122,11 @@ def read_json(file: CheckpointFile) -> dict[str, Any]:
         )
     try:
         with file.path.open("rb") as stream:
-            content = json.loads(stream.read(MAX_JSON_BYTES).decode("utf-8"))
+            return json.loads(stream.read(MAX_JSON_BYTES).decode("utf-8"))
     except OSError as exc:
         raise refusal(f"{name} cannot be read: {exc.strerror}", file.path, file=name) from exc
     except (ValueError, RecursionError) as exc:
         raise refusal(f"{name} is not valid JSON: {exc}", file.path, file=name) from exc
-    if not isinstance(content, dict):
-        raise refusal(f"{name} is not a JSON object", file.path, file=name)
-    return content
 
 
 def is_pickle(path: Path) -> bool:

@@ -15,8 +15,9 @@ from mlops.checkpoints.checkpoint import (
     count,
     size_of_model,
 )
-from mlops.checkpoints.consistency import check_consistency
+from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
 from mlops.checkpoints.files import CheckpointFile, read_json
+from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 
@@ -49,7 +50,12 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
             path,
             architecture=config["model_type"],
         )
-    check_consistency(path, config, tensors)
+    is_headless = config["model_type"] in PLAIN_DECODERS and "embed_tokens.weight" in tensors
+    if is_headless:
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    check_consistency(
+        path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
+    )
 
     quantization = _quantization(config)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
@@ -72,6 +78,8 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         tensors=tensors,
         has_tokenizer=has_tokenizer,
         config=config,
+        pooling=read_pooling(config, files),
+        is_headless=is_headless,
     )
 
 

@@ -1,13 +1,16 @@
 """MLX text generation: many requests, many adapters, one batch.
 
-    request (fields)   what may be asked, checked without MLX
+    request (fields, messages)   what may be asked, checked without MLX
     prompts            text or messages -> token ids
     core (config)      the engine: from a request to its result, step by step
     scheduler          who goes next; sequence: one generation under way
     prefill, rows      prompts into caches; the decode batch
     kv, prefix         what attention remembers, of rows and of earlier requests
     residency          which adapters are in memory; banks, layers: their tensors, used by row
+    embedding, pooling texts -> vectors, between the steps of the batch
     sampling, text     logits -> tokens -> text
+    guidance           answers of a given form (response_format): what may be drawn next
+    tools              calls of functions in a text; tool_grammar: made certain
     statistics         what it has done
     loading            checkpoint -> model in memory (layout, cpu: as the device likes it;
                        batching: whether requests can share a forward pass)
@@ -21,7 +24,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlops.engine.config import EngineConfig
+from mlops.engine.embedding import EmbeddingRequest, EmbeddingResult, tokenize_inputs
 from mlops.engine.loading import LoadedModel, load_model
+from mlops.engine.messages import Tools
 from mlops.engine.owner import in_owner, run_in_owner, submit_to_owner, to_exception
 from mlops.engine.prompts import to_generation_request
 from mlops.engine.request import (
@@ -33,12 +38,16 @@ from mlops.engine.request import (
     split_choices,
 )
 from mlops.engine.sequence import Generation, GenerationEvent, GenerationResult, TokenLogprobs
+from mlops.engine.text import token_bytes
+from mlops.engine.tools import ToolCall, ToolReader, find_form
 
 if TYPE_CHECKING:
     from mlops.engine.core import Engine
 
 __all__ = [
     "BASE_NAME",
+    "EmbeddingRequest",
+    "EmbeddingResult",
     "Engine",
     "EngineConfig",
     "Generation",
@@ -49,6 +58,10 @@ __all__ = [
     "Sampling",
     "TextRequest",
     "TokenLogprobs",
+    "ToolCall",
+    "ToolReader",
+    "Tools",
+    "find_form",
     "in_owner",
     "load_model",
     "parse_request",
@@ -57,6 +70,8 @@ __all__ = [
     "submit_to_owner",
     "to_exception",
     "to_generation_request",
+    "token_bytes",
+    "tokenize_inputs",
 ]
 
 

@@ -11,15 +11,21 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from mlops.engine.banks import AdapterBanks
 from mlops.engine.owner import run_in_owner, to_exception
 from mlops.engine.residency import Adapter, AdapterRegistry, AdapterState
-from mlops.engine.sequence import Sequence
 from mlops.errors import EngineError, MLOpsError
 
 logger = logging.getLogger(__name__)
+
+
+class Asking(Protocol):
+    """A request for an adapter, or for the base model."""
+
+    @property
+    def adapter(self) -> Adapter | None: ...
 
 
 class AdapterLoader:
@@ -57,7 +63,7 @@ class AdapterLoader:
         """True when it could not be loaded."""
         return adapter is not None and adapter.state is AdapterState.FAILED
 
-    def load_for(self, heads: Iterable[Sequence], active: Iterable[Sequence]) -> None:
+    def load_for(self, heads: Iterable[Asking], active: Iterable[Asking]) -> None:
         """Begin to load what the requests need that are next, the first of them first.
 
         Where only adapters with rows could make room, these get no further rows until they have,
@@ -91,13 +97,13 @@ class AdapterLoader:
             self._evict(adapter)
         return [adapter.key for adapter in drained]
 
-    def preload(self) -> None:
-        """Load adapters in the order of their registration, as long as there is room.
+    def preload(self, names: Iterable[str]) -> None:
+        """Load adapters, in this order, as long as there is room.
 
         Raises:
             MLOpsError: one of them is damaged or cannot be used.
         """
-        for name in self._registry.names:
+        for name in names:
             adapter = self._registry.acquire(name)
             try:
                 if adapter.verify is not None:

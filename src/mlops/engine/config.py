@@ -16,6 +16,7 @@ class EngineConfig:
         max_rows: sequences that are computed together, at most.
         row_limit: asked at every step for a lower limit (a hot machine); None is no other limit.
         max_waiting: requests that may wait before more are refused.
+        max_prompt_tokens: the longest prompt; None leaves it to the model's context.
         prefill_tokens: prompt tokens computed between two decode steps, at most.
         memory_bytes: what weights, caches and adapters may take together; the defaults of the
             following are shares of what the weights leave.
@@ -31,6 +32,7 @@ class EngineConfig:
     max_rows: int = 32
     row_limit: Callable[[], int] | None = None
     max_waiting: int = 256
+    max_prompt_tokens: int | None = None
     prefill_tokens: int | None = None
     memory_bytes: int | None = None
     cache_memory_bytes: int | None = None
@@ -42,6 +44,7 @@ class EngineConfig:
         for name, least in (
             ("max_rows", 1),
             ("max_waiting", 0),
+            ("max_prompt_tokens", 1),
             ("prefill_tokens", 1),
             ("memory_bytes", 0),
             ("cache_memory_bytes", 0),

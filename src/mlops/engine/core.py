@@ -12,7 +12,8 @@ else that needs MLX take turns. Each step:
     4. the next step of the decode batch begins                                 (rows)
     5. the tokens of the step before, meanwhile computed, become text           (sequence, text)
 
-Where prompts are computed, 5 comes before 3.
+Where prompts are computed, 5 comes before 3. Where rows have guides, it comes within 4: logits, 5,
+then the draw, for what may be drawn depends on the tokens before (guidance).
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ import gc
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
-from typing import Any, cast
+from concurrent.futures import Future
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
 from mlops.checkpoints import Checkpoint, check_adapter_fits
 from mlops.engine import kv
-from mlops.engine.adapter_loading import AdapterLoader
+from mlops.engine.adapter_loading import AdapterLoader, Asking
 from mlops.engine.config import EngineConfig
+from mlops.engine.embedding import Embedder, EmbeddingRequest, EmbeddingResult
 from mlops.engine.layout import MEMORY_SHARE
 from mlops.engine.loading import LoadedModel
 from mlops.engine.owner import (
@@ -66,6 +70,7 @@ from mlops.hardware import detect
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 MIB = 2**20
 LEAST_FREE_BYTES = 64 * MIB
 PREFILL_TOKENS = {"cpu": 256, "gpu": 2048}
@@ -102,7 +107,16 @@ class Engine:
             max_resident=config.max_resident_adapters,
         )
         self._loader = AdapterLoader(
-            self.adapters, loaded.banks, finish_step=self._finish_step, wake=self._schedule
+            self.adapters, loaded.banks, finish_step=self._finish_all, wake=self._schedule
+        )
+        self._embedder = Embedder(
+            loaded.pooler,
+            self.adapters,
+            loaded.banks,
+            budget_tokens=self._prefill_tokens,
+            max_waiting=config.max_waiting,
+            cost=lambda num_tokens: self._cost(1, num_tokens),
+            memory_bytes=self._budget,
         )
         self._end_tokens = frozenset(loaded.tokenizer.eos_token_ids)
         self._batch = self._new_batch()
@@ -122,11 +136,13 @@ class Engine:
 
         Raises:
             AdapterNotFoundError: no adapter has the request's name.
-            InvalidRequestError: it can never fit the memory for caches.
+            InvalidRequestError: it can never fit the memory for caches, or its grammar cannot be
+                used.
             QueueFullError: too many requests wait.
             EngineShutdownError: the engine is closed.
         """
         self._check_memory(request)
+        guide = None if request.grammar is None else self.loaded.guidance.start(request.grammar)
         adapter = None if request.adapter is None else self.adapters.acquire(request.adapter)
         generation = Generation()
         end_tokens = frozenset() if request.ignore_eos else self._end_tokens
@@ -136,6 +152,7 @@ class Engine:
             adapter,
             TextBuilder(self.loaded.tokenizer.detokenizer, request.stop),
             end_tokens | frozenset(request.stop_token_ids),
+            guide,
         )
         try:
             with self._lock:
@@ -150,6 +167,33 @@ class Engine:
         self._statistics.on_submit(request.adapter)
         self._schedule()
         return generation
+
+    def embed(
+        self, request: EmbeddingRequest, future: Future[EmbeddingResult] | None = None
+    ) -> Future[EmbeddingResult]:
+        """Queue texts to be made vectors; returns at once.
+
+        Args:
+            future: what to put the result into; a new one by default.
+
+        Returns:
+            The future: gets the result, or the error that ended the request. To cancel it is to
+            give the request up.
+
+        Raises:
+            AdapterNotFoundError: no adapter has the request's name.
+            InvalidRequestError: the model gives no embeddings, or not these.
+            QueueFullError: too many requests wait.
+            EngineShutdownError: the engine is closed.
+        """
+        future = Future() if future is None else future
+        with self._lock:
+            if self._is_closed:
+                raise EngineShutdownError("the engine is closed")
+            self._embedder.add(request, future)
+            self._idle.clear()
+        self._schedule()
+        return future
 
     def wait(self, generation: Generation) -> GenerationResult:
         """The result of a generation; the owner thread, which nobody else can, runs the steps.
@@ -213,13 +257,14 @@ class Engine:
         """
         self.adapters.pin(name, is_pinned)
 
-    def preload(self) -> None:
-        """Load adapters in the order of their registration, as long as there is room.
+    def preload(self, *names: str) -> None:
+        """Load adapters, in the order of their registration or these, as long as there is room.
 
         Raises:
+            AdapterNotFoundError: there is none of such a name.
             MLOpsError: one of them is damaged or cannot be used.
         """
-        self._loader.preload()
+        self._loader.preload(names or self.adapters.names)
 
     def statistics(self) -> dict[str, Any]:
         """Counts and sums since the start, in JSON types. Never waits for a step."""
@@ -229,10 +274,16 @@ class Engine:
             "batch_sizes": snapshot["steps"]["by_rows"],
             "running": len(self._batch.sequences) + len(self._prefilling),
             "waiting": self._scheduler.num_waiting,
+            "running_adapters": _by_adapter([*self._batch.sequences, *self._prefilling]),
+            "waiting_adapters": self._scheduler.num_waiting_by_adapter(),
             "max_rows": self.max_rows,
+            "max_running_adapters": min(
+                self.max_rows, _or(self.config.max_resident_adapters, self.max_rows)
+            ),
             "cache": {"bytes": self._batch.num_bytes, "budget_bytes": self._budget},
             "prefix_cache": self._prefix.describe(),
             "resident_adapters": self.adapters.describe(),
+            "embeddings": self._embedder.describe(),
         }
 
     def close(self, drain_s: float = 0.0) -> None:
@@ -251,7 +302,12 @@ class Engine:
 
     @property
     def _is_computing(self) -> bool:
-        return bool(self._prefilling or self._batch.sequences or self._in_flight)
+        return bool(
+            self._prefilling
+            or self._batch.sequences
+            or self._in_flight
+            or self._embedder.is_computing
+        )
 
     def _schedule(self) -> None:
         with self._lock:
@@ -266,6 +322,7 @@ class Engine:
             for sequence in waiting:
                 sequence.fail(exc)
                 self._close(sequence)
+            self._embedder.end_all(exc)
 
     def _run_step(self) -> None:
         with self._lock:
@@ -276,7 +333,7 @@ class Engine:
             return
         self._batch.release()
         with self._lock:
-            if self._scheduler.num_waiting == 0:
+            if self._scheduler.num_waiting == 0 and self._embedder.num_requests == 0:
                 self._idle.set()
                 return
             if self._is_polling:
@@ -308,12 +365,19 @@ class Engine:
         if gone := self._loader.unload_drained():
             self._prefix.drop(lambda namespace: cast("_Namespace", namespace)[1] not in gone)
         self._admit()
-        if self._prefilling:
+        if self._prefilling or self._embedder.num_requests:
             # Or their clients would wait for a prompt to be computed that is not theirs.
             self._finish_step()
             self._leave()
         self._prefill()
+        if self._embedder.num_requests or self._embedder.is_computing:
+            self._embedder.step(self._loader.can_use, self._budget - self._cost_of_rows)
         before, self._in_flight = self._in_flight, None
+        if before is not None and self._batch.is_guided:
+            # What a guided row may draw depends on its token before. The device goes on meanwhile.
+            self._on_batch(self._batch.begin)
+            self._take_tokens(before)
+            before = None
         self._in_flight = self._decode()
         if before is not None:
             self._take_tokens(before)
@@ -330,6 +394,7 @@ class Engine:
             if not sequence.is_finished:
                 _end_unwanted(sequence)
                 self._close(sequence)
+        self._embedder.drop_unwanted(now)
 
     def _leave(self) -> None:
         """Free the rows of what is finished or has drawn its last token."""
@@ -352,16 +417,18 @@ class Engine:
         active = [*self._batch.sequences, *self._prefilling]
         with self._lock:
             heads = self._scheduler.heads(active)[: max(0, limit - len(active))]
-        if not heads:
+        asking: list[Asking] = [*self._embedder.wanted, *heads]
+        if not asking:
             return
-        self._loader.load_for(heads, active)
+        self._loader.load_for(asking, [*active, *self._embedder.active])
         self._fail_without_adapter()
         lengths = [sequence.max_length for sequence in active]
+        budget = self._budget - self._embedder.num_bytes
 
         def can_admit(sequence: Sequence) -> Admission:
             if not self._loader.can_use(sequence.adapter):
                 return Admission.NOT_YET
-            if self._cost(len(lengths) + 1, max(sequence.max_length, *lengths, 0)) > self._budget:
+            if self._cost(len(lengths) + 1, max(sequence.max_length, *lengths, 0)) > budget:
                 return Admission.STOP
             lengths.append(sequence.max_length)
             return Admission.YES
@@ -384,6 +451,7 @@ class Engine:
             adapter = sequence.adapter
             sequence.fail((adapter and adapter.error) or EngineError("its adapter has failed"))
             self._close(sequence)
+        self._embedder.fail_without_adapter(self._loader.has_failed)
 
     def _prefill(self) -> None:
         shares = share_prefill(self._prefilling, self._prefill_tokens)
@@ -432,16 +500,19 @@ class Engine:
 
     def _decode(self) -> Step | None:
         batch = self._batch
-        if not batch.sequences:
-            return None
+        step = self._on_batch(batch.step) if batch.sequences else None
+        if step is not None:
+            self._statistics.on_step(len(step.sequences), batch.num_adapters)
+        return step
+
+    def _on_batch(self, do: Callable[[], Result]) -> Result | None:
+        """Do this; when it fails, so do the rows of the batch, and None comes back."""
         try:
-            step = batch.step()
+            return do()
         except BaseException as exc:
-            self._fail(exc, batch.sequences, "a decode step")
+            self._fail(exc, self._batch.sequences, "a decode step")
             self._reset_batch()
             return None
-        self._statistics.on_step(len(step.sequences), batch.num_adapters)
-        return step
 
     def _take_tokens(self, step: Step) -> None:
         """Wait for a step, and give its tokens to their sequences."""
@@ -460,6 +531,8 @@ class Engine:
                 continue
             try:
                 sequence.add(token, of_token)
+            except EngineError as exc:  # its guide cannot go on
+                sequence.fail(exc)
             except BaseException as exc:  # tokenizers panics with what is no Exception
                 logger.exception("a token could not be turned into text")
                 sequence.fail(EngineError(f"token {token} cannot be turned into text: {exc}"))
@@ -493,6 +566,11 @@ class Engine:
         finally:
             sequence.publish()
             wake_readers([sequence.generation])
+
+    def _finish_all(self) -> None:
+        """Wait for all that the device computes."""
+        self._embedder.finish()
+        self._finish_step()
 
     def _finish_step(self) -> None:
         step, self._in_flight = self._in_flight, None
@@ -561,6 +639,12 @@ class Engine:
         """Bytes of a batch whose longest row has `num_tokens`: rows are as wide as the longest."""
         return num_rows * self.loaded.trial.cache_cost.num_bytes(num_tokens)
 
+    @property
+    def _cost_of_rows(self) -> int:
+        """Bytes of the batch with the prompts that will join it, at their longest."""
+        active = [*self._batch.sequences, *self._prefilling]
+        return self._cost(len(active), max((one.max_length for one in active), default=0))
+
     def _check_memory(self, request: GenerationRequest) -> None:
         needed = self._cost(1, len(request.prompt) + request.max_tokens)
         if needed > self._budget:
@@ -609,6 +693,7 @@ class Engine:
             if not sequence.is_finished:
                 sequence.fail(error)
                 self._close(sequence)
+        self._embedder.end_all(error)
         with self._lock:
             self._idle.set()
 
@@ -668,6 +753,12 @@ def _free_bytes(memory_bytes: int | None) -> int:
 def _free_memory() -> None:
     gc.collect()
     mx.clear_cache()
+
+
+def _by_adapter(sequences: Many[Sequence]) -> dict[str, int]:
+    """How many sequences use each adapter; those of the base model are left out."""
+    names = (sequence.adapter_name for sequence in sequences)
+    return dict(Counter(name for name in names if name is not None))
 
 
 def _or(value: int | None, default: int) -> int:

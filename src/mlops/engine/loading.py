@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
 from mlops.engine.batching import Trial, try_out
+from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.errors import ServiceError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mlx import nn
 
     from mlops.engine.banks import AdapterBanks
+    from mlops.engine.pooling import Pooler
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class LoadedModel:
         layout: how the weights are held, in words: "float32 (dequantized from 4-bit)".
         banks: where its adapters' tensors are.
         trial: what it showed when it computed for the first time.
+        pooler: computes embeddings; None where the model gives none, and `no_embeddings` says why.
         digest: of the files; None when nobody has computed it.
     """
 
@@ -51,6 +55,13 @@ class LoadedModel:
     banks: AdapterBanks
     trial: Trial
     digest: str | None = None
+    pooler: Pooler | None = None
+    no_embeddings: str = ""
+
+    @cached_property
+    def guidance(self) -> Guidance:
+        """The grammars that its answers may have to follow."""
+        return Guidance(self.tokenizer)
 
     @property
     def can_batch(self) -> bool:
@@ -137,6 +148,8 @@ def _load(
 
         use_cpu_layers(model)
     check_stopping()
+    trial = _try_out(checkpoint, model)
+    pooler, no_embeddings = _try_pooling(checkpoint, model)
     loaded = LoadedModel(
         checkpoint=checkpoint,
         model=model,
@@ -145,8 +158,10 @@ def _load(
         device=device,
         layout=layout,
         banks=AdapterBanks(model, checkpoint, device),
-        trial=_try_out(checkpoint, model),
+        trial=trial,
         digest=digest,
+        pooler=pooler,
+        no_embeddings=no_embeddings,
     )
     logger.info("loaded %s on the %s: %s", checkpoint.path, device, layout)
     return loaded
@@ -155,9 +170,18 @@ def _load(
 def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import load_model as load_mlx_model
 
+    further: dict[str, Any] = {}
+    if checkpoint.is_headless:
+        # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
+        further = {
+            "get_model_classes": _headless_classes,
+            "model_config": {"tie_word_embeddings": True},
+        }
     try:
         # Lazy: weights are read when they are laid out, one layer after the other.
-        model, config = load_mlx_model(checkpoint.path, lazy=True, trust_remote_code=False)
+        model, config = load_mlx_model(
+            checkpoint.path, lazy=True, trust_remote_code=False, **further
+        )
     except Exception as exc:
         raise ServiceError(
             f"mlx-lm cannot load {checkpoint.path}: {exc}",
@@ -165,6 +189,21 @@ def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
             {"path": str(checkpoint.path), "architecture": checkpoint.architecture},
         ) from exc
     return model, config
+
+
+def _headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's classes for a model whose weights are named without the prefix `model.`."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+
+    class Headless(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: Mapping[str, Any]) -> Any:
+            named = {f"model.{name}": array for name, array in weights.items()}
+            inherited = getattr(super(), "sanitize", None)
+            return inherited(named) if inherited else named
+
+    return Headless, args_class
 
 
 def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
@@ -189,6 +228,12 @@ def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
         raise ServiceError(
             f"the tokenizer of {checkpoint.path} cannot be loaded: {exc}", "load_model", details
         ) from exc
+
+
+def _try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | None, str]:
+    from mlops.engine.pooling import try_pooling  # imports MLX: not before its BLAS is there
+
+    return try_pooling(checkpoint, model)
 
 
 def _try_out(checkpoint: Checkpoint, model: nn.Module) -> Trial:

@@ -26,6 +26,9 @@ from mlops.engine.fields import (
     read_logit_bias,
     show,
 )
+from mlops.engine.messages import TOOL_FIELDS, Tools, parse_messages, parse_tools
+from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
+from mlops.engine.response_format import read_response_format
 from mlops.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 256
@@ -34,7 +37,6 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
-MAX_MESSAGES = 1024
 PROMPT_FIELDS = ("text", "input", "prompt", "messages")
 SAMPLING_FIELDS = (
     "temperature",
@@ -49,6 +51,7 @@ SAMPLING_FIELDS = (
 )
 FIELDS = (
     *PROMPT_FIELDS,
+    *TOOL_FIELDS,
     "max_tokens",
     *SAMPLING_FIELDS,
     "stop",
@@ -56,9 +59,9 @@ FIELDS = (
     "ignore_eos",
     "logprobs",
     "n",
+    "response_format",
     "adapter",
 )
-ROLES = ("system", "user", "assistant", "tool", "developer")
 BASE_NAME = "base"
 """As the value of `adapter`: the base model, without an adapter."""
 
@@ -112,19 +115,22 @@ class TextRequest:
     Attributes:
         source: the field that brought the prompt: `text`, `input`, `prompt` or `messages`.
         text: the prompt's text; "" when `source` is `messages`, or a `prompt` of token ids.
-        messages: the conversation, each with `role` and `content`; one user message for `text`
-            and `input`, none for a raw `prompt`.
+        messages: the conversation, as `parse_messages` gives it; one user message for `text` and
+            `input`, none for a raw `prompt`.
+        tools: the functions that the model may call; None when there are none.
         token_ids: a `prompt` that came as token ids; else None.
         max_tokens: None lets the default and the model's context decide.
         stop, stop_token_ids, ignore_eos, logprobs: as in `GenerationRequest`.
         n: so many answers to the same prompt (`split_choices`).
+        json_schema: what the answer must follow, as JSON; None is free text.
         names_adapter: whether the request has the field `adapter` at all.
         adapter: the adapter's name; None is the base model.
     """
 
     source: str
     text: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: Tools | None = None
     token_ids: tuple[int, ...] | None = None
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -133,6 +139,7 @@ class TextRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
+    json_schema: str | None = None
     names_adapter: bool = False
     adapter: str | None = None
 
@@ -152,6 +159,7 @@ class GenerationRequest:
         logprobs: None asks for no log-probabilities; otherwise every token comes with its own and
             those of so many of the likeliest tokens.
         cache_salt: requests with different salts never share cached prefixes.
+        grammar: what the answer must follow, as `engine.guidance` writes it; None is free text.
 
     Raises:
         InvalidRequestError: a field is out of its range.
@@ -167,6 +175,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     cache_salt: str = ""
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -177,6 +186,12 @@ class GenerationRequest:
         check_flag("ignore_eos", self.ignore_eos)
         if self.logprobs is not None:
             check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.grammar is not None and self.ignore_eos:
+            raise InvalidRequestError(
+                "ignore_eos cannot be used with response_format or required calls: the end of the "
+                "form ends the answer",
+                "ignore_eos",
+            )
 
 
 def split_choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
@@ -219,6 +234,7 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
     given = {k: value for k, value in data.items() if value is not None or k in PROMPT_FIELDS}
     return TextRequest(
         **_parse_prompt(given),
+        tools=parse_tools(given),
         max_tokens=_parse_integer(given, "max_tokens", None, 1),
         sampling=_parse_sampling(given),
         stop=_parse_stop(given.get("stop", ())),
@@ -228,6 +244,7 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
         ignore_eos=_parse_flag(given, "ignore_eos"),
         logprobs=_parse_integer(given, "logprobs", None, 0, MAX_LOGPROBS),
         n=_parse_integer(given, "n", 1, 1, MAX_CHOICES),
+        json_schema=_parse_response_format(given),
         names_adapter=names_adapter,
         adapter=_parse_adapter(given.get("adapter")),
     )
@@ -245,7 +262,7 @@ def _parse_prompt(given: Mapping[str, Any]) -> dict[str, Any]:
     source = sources[0]
     value = given[source]
     if source == "messages":
-        return {"source": source, "messages": _parse_messages(value)}
+        return {"source": source, "messages": parse_messages(value)}
     if source == "prompt" and isinstance(value, list | tuple):
         token_ids = _parse_token_ids(source, value, 1, MAX_PROMPT_TOKENS)
         return {"source": source, "token_ids": token_ids}
@@ -278,29 +295,16 @@ def _parse_flag(given: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
+def _parse_response_format(given: Mapping[str, Any]) -> str | None:
+    return read_response_format(given[RESPONSE_FORMAT]) if RESPONSE_FORMAT in given else None
+
+
 def _parse_text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise invalid(name, value, "a text that is not empty")
     if not is_encodable(value):
         raise InvalidRequestError(f"{name} has half a surrogate pair, which is no character", name)
     return value
-
-
-def _parse_messages(value: object) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_MESSAGES:
-        raise invalid("messages", value, f"a list of 1 to {MAX_MESSAGES} messages")
-    messages = []
-    for number, message in enumerate(value):
-        name = f"messages[{number}]"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise invalid(name, message, "an object with role and content")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise invalid(f"{name}.role", role, f"one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or not is_encodable(content):
-            raise invalid(f"{name}.content", content, "a text")
-        messages.append({"role": role, "content": content})
-    return tuple(messages)
 
 
 def _parse_token_ids(name: str, value: object, low: int, high: int) -> tuple[int, ...]:

@@ -2,6 +2,9 @@
 
 A step is built before the one before it has been computed: its input are that one's tokens, which
 only the device knows yet. So Python, sampling and detokenizing cost nothing while the device works.
+
+What a guided row may draw depends on its token before, so there a step has two halves: the logits,
+and, when the tokens before them are known, the draw.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlops.engine.banks import AdapterBanks
+from mlops.engine.guidance import allowed_tokens
 from mlops.engine.kv import BatchCaches, Caches, SingleCaches
 from mlops.engine.layers import RowSlots
 from mlops.engine.sampling import BatchSampler, Draw
@@ -52,10 +56,13 @@ class DecodeBatch:
         self._caches: BatchCaches | SingleCaches = (
             BatchCaches(max_rows) if can_batch else SingleCaches()
         )
+        self._vocabulary_size = vocabulary_size
         self._sampler = BatchSampler(vocabulary_size)
         self._inputs: mx.array | None = None
+        self._logits: mx.array | None = None
         self._slots: RowSlots | None = None
         self._num_adapters = 0
+        self._is_guided = False
 
     @property
     def num_bytes(self) -> int:
@@ -66,6 +73,11 @@ class DecodeBatch:
     def num_adapters(self) -> int:
         """Different adapters among the rows; the base counts as one."""
         return self._num_adapters
+
+    @property
+    def is_guided(self) -> bool:
+        """True when a row has a guide: then `begin` a step before its `step`."""
+        return self._is_guided
 
     def join(self, sequences: Many[Sequence]) -> None:
         """Append sequences whose prompts are computed; their own caches are given up."""
@@ -102,18 +114,18 @@ class DecodeBatch:
         """A copy of the caches of one row, computed before the next step."""
         return self._caches.take(self.sequences.index(sequence))
 
+    def begin(self) -> None:
+        """Begin to compute the logits of a step, without waiting for them.
+
+        The tokens of the step before may be given to the guides until `step`.
+        """
+        self._logits = self._compute_logits()
+        mx.async_eval(self._logits, self._caches.arrays())  # type: ignore[no-untyped-call]
+
     def step(self) -> Step:
-        """Begin a step, without waiting for it."""
-        if self._inputs is None:
-            raise RuntimeError("an empty batch has no step")
-        self._caches.prepare_step()
-        self._banks.use(self._slots)
-        try:
-            logits = self._model(self._inputs[:, None], cache=self._caches.layers)
-        finally:
-            self._banks.use(None)
-        self._caches.end_step()
-        draw = self._sampler(logits[:, -1, :])
+        """Begin a step, or the rest of one that has begun, without waiting for it."""
+        logits, self._logits = self._logits, None
+        draw = self._sampler(self._compute_logits() if logits is None else logits, self._allowed())
         self._inputs = draw.tokens
         for sequence in self.sequences:
             sequence.num_drawn += 1
@@ -121,7 +133,27 @@ class DecodeBatch:
         mx.async_eval(of_draw, self._caches.arrays())  # type: ignore[no-untyped-call]
         return Step(tuple(self.sequences), draw)
 
+    def _compute_logits(self) -> mx.array:
+        if self._inputs is None:
+            raise RuntimeError("an empty batch has no step")
+        self._caches.prepare_step()
+        self._banks.use(self._slots)
+        try:
+            logits: mx.array = self._model(self._inputs[:, None], cache=self._caches.layers)
+        finally:
+            self._banks.use(None)
+        self._caches.end_step()
+        return logits[:, -1, :]
+
+    def _allowed(self) -> mx.array | None:
+        """What rows may draw that go on, bool (rows, vocabulary); None is anything."""
+        guides = [None if one.is_finished else one.guide for one in self.sequences]
+        if not any(guides):
+            return None
+        return mx.array(allowed_tokens(guides, self._vocabulary_size))
+
     def _members_changed(self) -> None:
         slots = [sequence.slot for sequence in self.sequences]
         self._slots = self._banks.select(slots)
         self._num_adapters = len(set(slots))
+        self._is_guided = any(one.guide is not None for one in self.sequences)

@@ -1,6 +1,7 @@
 """The next token of every row of a batch, drawn in one call.
 
-    logits -> adjustments (bias, penalties) -> greedy: argmax, others: drawing -> tokens
+    logits -> adjustments (bias, penalties) -> what a grammar allows
+    -> greedy: argmax, others: drawing -> tokens
 
 A plain greedy batch costs one argmax. Rows with different settings share a call, and a row gets
 what it would get alone. Nothing waits for the device: what depends on drawn tokens stays there. A
@@ -90,15 +91,18 @@ class BatchSampler:
         self._generators = [self._generators[row] for row in rows]
         self._prepare()
 
-    def __call__(self, logits: mx.array) -> Draw:
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> Draw:
         """Draw a token for every row, without waiting for the device.
 
         Args:
             logits: float (rows, vocabulary).
+            allowed: bool (rows, vocabulary): only these are drawn; None is all.
         """
         import mlx.core as mx
 
         adjusted = self._adjustments.apply(logits)
+        if allowed is not None:
+            adjusted = mx.where(allowed, adjusted, -mx.inf)
         if self._has_greedy:
             tokens = mx.argmax(adjusted, axis=-1).astype(mx.int32)
         else:

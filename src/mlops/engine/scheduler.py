@@ -48,6 +48,11 @@ class Scheduler:
         """Requests that wait."""
         return sum(map(len, self._queues.values()))
 
+    def num_waiting_by_adapter(self) -> dict[str, int]:
+        """How many requests wait for each adapter. From any thread, without the engine's lock."""
+        queues = dict(self._queues)  # to copy a dict is one step of the interpreter
+        return {name: len(queue) for name, queue in queues.items() if name is not None}
+
     def add(self, sequence: Sequence) -> None:
         """Queue a request.
 

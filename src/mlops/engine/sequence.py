@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlops.engine.guidance import Guide
 from mlops.engine.request import GenerationRequest
 from mlops.engine.residency import Adapter
 from mlops.engine.text import TextBuilder
@@ -209,6 +210,7 @@ class Sequence:
         adapter: the generation of the adapter it uses; None is the base model.
         text: turns tokens into text.
         end_tokens: ids that end it.
+        guide: what it may draw next; None is anything.
         caches: state of its own while the prompt is computed; None before and after.
         num_prefilled: tokens of the prompt that `caches` hold.
         num_cached: of these, what came from the prefix cache.
@@ -223,6 +225,7 @@ class Sequence:
     adapter: Adapter | None
     text: TextBuilder
     end_tokens: frozenset[int]
+    guide: Guide | None = None
     submitted_s: float = field(default_factory=time.monotonic)
     started_s: float | None = None
     first_token_s: float | None = None
@@ -283,10 +286,15 @@ class Sequence:
         return self.num_drawn >= self.request.max_tokens
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Take the next token; afterwards `is_finished` may be true."""
+        """Take the next token; afterwards `is_finished` may be true.
+
+        Raises:
+            EngineError: the guide cannot go on.
+        """
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.all_tokens.append(token)
+        is_complete = self.guide is not None and self.guide.advance(token)
         if token in self.end_tokens:
             self.finish("stop")
             return
@@ -294,7 +302,7 @@ class Sequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self._unsent_text += self.text.add(token)
-        if self.text.has_stopped:
+        if self.text.has_stopped or is_complete:
             self.finish("stop")
         elif len(self.tokens) >= self.request.max_tokens:
             self.finish("length")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import codecs
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -45,7 +46,7 @@ class TextBuilder:
         self.has_stopped = False
         """A stop text is complete: it and what follows are not in the text."""
         self._decoder = _make_decoder(detokenizer)
-        self._stops = [_StopMatcher(stop) for stop in stops]
+        self._stops = [TextMatcher(stop) for stop in stops]
         self._given: list[str] = []
         self._held = ""
         self._num_broken = 0
@@ -105,8 +106,23 @@ class TextBuilder:
         return pending[:num_certain]
 
 
-class _StopMatcher:
-    """How much of a stop text the text so far ends with.
+def token_bytes(tokenizer: Any, tokens: Iterable[int]) -> list[bytes]:
+    """Each token's own bytes, which may be a part of a character.
+
+    A special token is its text; an id that the tokenizer has no token for is no bytes.
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`; it is only read.
+        tokens: ids, not negative.
+    """
+    decoder = _make_decoder(tokenizer.detokenizer)
+    if isinstance(decoder, _ByteDecoder):
+        return [decoder.to_bytes(token) for token in tokens]
+    return [_to_bytes_alone(tokenizer, token) for token in tokens]
+
+
+class TextMatcher:
+    """How much of a given text, such as a stop text, the text so far ends with.
 
     Knuth, Morris, Pratt, "Fast pattern matching in strings" (1977): a constant number of steps per
     character, on average, whatever text and stop text are.
@@ -125,7 +141,7 @@ class _StopMatcher:
         self.num_matched = 0
 
     def add(self, character: str) -> bool:
-        """Take the next character; True when the stop text is complete."""
+        """Take the next character; True when the given text is complete."""
         matched = self.num_matched
         while matched and self.text[matched] != character:
             matched = self._fallback[matched - 1]
@@ -165,13 +181,16 @@ class _ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        # Models have rows for ids that their tokenizer has no token for: they are no text.
-        entry = self._vocabulary[token] if token < len(self._vocabulary) else None
-        text = self._utf8.decode(self._to_bytes(entry)) if entry else ""
+        text = self._utf8.decode(self.to_bytes(token))
         if text and self._trims_space:
             self._trims_space = False
             return text.removeprefix(" ")
         return text
+
+    def to_bytes(self, token: int) -> bytes:
+        # Models have rows for ids that their tokenizer has no token for: they are no text.
+        entry = self._vocabulary[token] if token < len(self._vocabulary) else None
+        return self._to_bytes(entry) if entry else b""
 
     def finish(self) -> str:
         return ""  # what is left are bytes of a character that never became one
@@ -188,6 +207,21 @@ def _to_bytes_bpe(token: str) -> bytes:
 
 def _to_bytes_spm(token: bytes) -> bytes:
     return token.replace(SPM_SPACE, b" ")
+
+
+def _to_bytes_alone(tokenizer: Any, token: int) -> bytes:
+    """Bytes of a token whose text depends on those before, as it is written in the vocabulary."""
+    if token >= len(tokenizer):
+        return b""
+    entry = tokenizer.convert_ids_to_tokens(token)
+    if entry is None:
+        return b""
+    if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", entry):
+        return bytes.fromhex(byte[1])
+    if SPM_SPACE in (raw := entry.encode()):
+        return _to_bytes_spm(raw)
+    text: str = tokenizer.decode([token])
+    return text.encode()
 
 
 @functools.cache

@@ -17,6 +17,11 @@ class LetterTokenizer:
 
     bos_token = "\x01"
     has_chat_template = True
+    has_tool_calling = False
+
+    def __init__(self, chat_template: str | None = "", *, says_roles: bool = False) -> None:
+        self.chat_template = chat_template
+        self.says_roles = says_roles
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [1] * add_special_tokens + [ord(one) for one in text]
@@ -26,13 +31,17 @@ class LetterTokenizer:
     ) -> list[int]:
         if any(message["role"] == "tool" for message in messages):
             raise ValueError("no tools here")
-        text = "".join(message["content"] for message in messages)
+        text = "".join(
+            message["role"][0] * self.says_roles + message["content"] for message in messages
+        )
         return [2, *(ord(one) for one in text), *[3] * add_generation_prompt]
 
 
-def generation_of(data: Any, **how: Any) -> GenerationRequest:
+def generation_of(
+    data: Any, tokenizer: LetterTokenizer | None = None, **how: Any
+) -> GenerationRequest:
     numbers = {"context_tokens": 10, "vocabulary_size": 128}
-    loaded: Any = SimpleNamespace(tokenizer=LetterTokenizer(), **numbers)
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer or LetterTokenizer(), **numbers)
     return to_generation_request(loaded, parse_request(data), **{"adapter": None, **how})
 
 
@@ -41,6 +50,15 @@ def test_a_prompt_becomes_tokens() -> None:
     assert generation_of({"prompt": "\x01ab"}).prompt == (1, 97, 98)
     assert generation_of("ab").prompt == (2, 97, 98, 3)
     assert generation_of({"prompt": [5, 0, 127]}).prompt == (5, 0, 127)
+
+
+@pytest.mark.parametrize(
+    ("template", "letter"), [("{{ system }}", "s"), ("developer or system", "d"), (None, "d")]
+)
+def test_a_developer_is_called_as_the_template_knows_it(template: str | None, letter: str) -> None:
+    data = {"messages": [{"role": "developer", "content": "a"}]}
+    tokenizer = LetterTokenizer(template, says_roles=True)
+    assert generation_of(data, tokenizer).prompt == (2, ord(letter), 97, 3)
 
 
 def test_every_field_is_passed_on() -> None:
@@ -84,7 +102,19 @@ def test_without_max_tokens_the_context_is_the_limit() -> None:
         ({"prompt": "é"}, "prompt", "does not know (233 of 128)"),
         ({"prompt": "a", "stop_token_ids": [1, 128]}, "stop_token_ids", "128 of 128"),
         ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias", "999 of 128"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "no tools here"),
+        (
+            {"messages": [{"role": "tool", "tool_call_id": "1", "content": "a"}]},
+            "messages",
+            "no tools here",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            "tools",
+            "tools cannot be used with this model",
+        ),
     ],
 )
 def test_what_the_model_cannot_take_is_refused(data: Any, field: str, said: str) -> None:
@@ -92,3 +122,9 @@ def test_what_the_model_cannot_take_is_refused(data: Any, field: str, said: str)
         generation_of(data)
     assert caught.value.field == field
     assert said in caught.value.message
+
+
+def test_a_prompt_over_the_operators_limit_is_refused() -> None:
+    assert generation_of({"prompt": [5] * 4}, max_prompt_tokens=4).prompt == (5, 5, 5, 5)
+    with pytest.raises(InvalidRequestError, match="messages has 5 tokens; this service takes 4"):
+        generation_of({"messages": [{"role": "user", "content": "abc"}]}, max_prompt_tokens=4)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 
 import mlops.demo
 import tiny_models
-from mlops.engine.text import MAX_UNREAD_TOKENS, TextBuilder
+from mlops.engine.text import MAX_UNREAD_TOKENS, TextBuilder, token_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SPM_DECODERS = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -205,6 +205,21 @@ def test_a_trained_tokenizer(byte_level: Any) -> None:
 def test_ids_without_a_token_are_no_text(byte_level: Any) -> None:
     tokens = bytes_to_tokens(byte_level, b"ab")
     assert build(byte_level, [tokens[0], 10**6, tokens[1]]) == "ab"
+
+
+def test_every_token_of_sentencepiece_has_bytes_of_its_own(sentencepiece: Any) -> None:
+    vocabulary = sentencepiece.get_vocab()
+    tokens = [vocabulary[word] for word in (*WORDS, "<end>", "<0xE9>", "<0x20>")]
+    expected = [word.replace("▁", " ").encode() for word in WORDS]
+    assert token_bytes(sentencepiece, tokens) == [*expected, b"<end>", b"\xe9", b" "]
+    assert token_bytes(sentencepiece, [10**6]) == [b""]
+
+
+def test_every_token_of_bytes_has_its_byte(byte_level: Any) -> None:
+    tokens = bytes_to_tokens(byte_level, bytes(range(256)))
+    assert token_bytes(byte_level, tokens) == [bytes([byte]) for byte in range(256)]
+    end = byte_level.eos_token_id
+    assert token_bytes(byte_level, [end, 10**6]) == [b"<|end|>", b""]
 
 
 class Recording:
