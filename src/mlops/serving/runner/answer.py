@@ -23,10 +23,12 @@ class Prepared:
     Attributes:
         request: what was asked, with its token ids.
         generations: one for each choice.
+        make_reader: finds calls of functions in one choice's text; None when none are offered.
     """
 
     request: engine.GenerationRequest
     generations: list[engine.Generation] = field(default_factory=list)
+    make_reader: Callable[[], engine.ToolReader] | None = None
 
     def cancel(self) -> None:
         """Give all choices up."""
@@ -55,6 +57,10 @@ class Answer:
         if not self._prepared.cancel():
             self._prepared.add_done_callback(_cancel_generations)
 
+    async def begun(self) -> None:
+        """Return once the engine has taken it; see `Generating.begun`."""
+        await self._wait_until_prepared()
+
     async def chunks(self) -> AsyncGenerator[TextChunk]:
         """Every piece of text as it comes; see `Generating.chunks`.
 
@@ -62,7 +68,7 @@ class Answer:
         """
         try:
             prepared = await self._wait_until_prepared()
-            async with contextlib.aclosing(_read(prepared.generations)) as chunks:
+            async with contextlib.aclosing(_read(prepared)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except BaseException:
@@ -85,32 +91,41 @@ class Answer:
             raise
 
 
-async def _read(generations: Sequence[engine.Generation]) -> AsyncGenerator[TextChunk]:
-    if len(generations) > 1:
-        async with contextlib.aclosing(_merge(generations)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        return
-    async with contextlib.aclosing(generations[0].events()) as events:
+async def _read(prepared: Prepared) -> AsyncGenerator[TextChunk]:
+    choices = [
+        _read_choice(index, generation, prepared.make_reader)
+        for index, generation in enumerate(prepared.generations)
+    ]
+    reading = choices[0] if len(choices) == 1 else _merge(choices)
+    async with contextlib.aclosing(reading) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+async def _read_choice(
+    index: int, generation: engine.Generation, make_reader: Callable[[], engine.ToolReader] | None
+) -> AsyncGenerator[TextChunk]:
+    reader = make_reader() if make_reader else None
+    async with contextlib.aclosing(generation.events()) as events:
         async for event in events:
-            yield _to_chunk(0, event)
+            yield _to_chunk(index, event, reader)
 
 
-async def _merge(generations: Sequence[engine.Generation]) -> AsyncGenerator[TextChunk]:
+async def _merge(choices: Sequence[AsyncGenerator[TextChunk]]) -> AsyncGenerator[TextChunk]:
     """The chunks of several choices, each as it comes."""
     # One chunk of room: what a slow reader does not take is put together by the generations.
     ready: asyncio.Queue[TextChunk | Exception | None] = asyncio.Queue(1)
 
-    async def read(index: int, generation: engine.Generation) -> None:
+    async def read(choice: AsyncGenerator[TextChunk]) -> None:
         try:
-            async with contextlib.aclosing(generation.events()) as events:
-                async for event in events:
-                    await ready.put(_to_chunk(index, event))
+            async with contextlib.aclosing(choice) as chunks:
+                async for chunk in chunks:
+                    await ready.put(chunk)
             await ready.put(None)
         except Exception as exc:
             await ready.put(exc)
 
-    readers = [asyncio.create_task(read(*one)) for one in enumerate(generations)]
+    readers = [asyncio.create_task(read(choice)) for choice in choices]
     try:
         num_open = len(readers)
         while num_open:
@@ -137,5 +152,41 @@ def _cancel_generations(prepared: Future[Prepared]) -> None:
         prepared.result().cancel()
 
 
-def _to_chunk(index: int, event: engine.GenerationEvent) -> TextChunk:
-    return TextChunk(index, event.text, event.tokens, event.finish_reason, event.logprobs or None)
+@dataclass(frozen=True)
+class Answered:
+    """What one choice says in the end.
+
+    Attributes:
+        text: without the calls.
+        finish_reason: `tool_calls` when the model was done and has called functions.
+    """
+
+    text: str
+    tool_calls: tuple[engine.ToolCall, ...]
+    finish_reason: str
+
+
+def read_result(prepared: Prepared, result: engine.GenerationResult) -> Answered:
+    """Take the calls of functions out of a whole answer."""
+    if prepared.make_reader is None:
+        return Answered(result.text, (), result.finish_reason)
+    reader = prepared.make_reader()
+    said = reader.add(result.text) + reader.finish(was_cut=result.finish_reason != "stop")
+    return Answered(said.text, said.calls, _to_reason(reader, result.finish_reason))
+
+
+def _to_chunk(
+    index: int, event: engine.GenerationEvent, reader: engine.ToolReader | None
+) -> TextChunk:
+    logprobs, reason = event.logprobs or None, event.finish_reason
+    if reader is None:
+        return TextChunk(index, event.text, event.tokens, reason, logprobs)
+    said = reader.add(event.text)
+    if reason is not None:
+        said += reader.finish(was_cut=reason != "stop")
+    told = reason and _to_reason(reader, reason)
+    return TextChunk(index, said.text, event.tokens, told, logprobs, said.calls)
+
+
+def _to_reason(reader: engine.ToolReader, reason: str) -> str:
+    return "tool_calls" if reason == "stop" and reader.num_calls else reason

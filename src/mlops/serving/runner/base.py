@@ -9,13 +9,19 @@ answers. A `TextRunner` takes each request on its own and says its text as it co
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from mlops.engine import EmbeddingResult
+from mlops.engine.tools import ToolCall
 
 Prediction = dict[str, Any]
 """A runner's answer: `prediction` (the output), `mlx_optimized`, `model_type`, and for text also
 `usage`, `finish_reason` and `adapter`. A request for several choices has them in `choices`, each
-with `index`, `text` and `finish_reason`; `prediction` is the first one's text."""
+with `index`, `text` and `finish_reason`; `prediction` is the first one's text. An answer that calls
+functions, and each such choice, has `tool_calls`: a list of `name` and `arguments` (JSON text)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class TextChunk:
         tokens: the ids that became this text.
         finish_reason: `stop` or `length` in the choice's last chunk, None before.
         logprobs: one entry for each token, when the request asked for them.
+        tool_calls: complete calls of the functions that the request offers.
     """
 
     index: int
@@ -35,6 +42,7 @@ class TextChunk:
     tokens: tuple[int, ...] = ()
     finish_reason: str | None = None
     logprobs: tuple[Any, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Generating(Protocol):
@@ -42,6 +50,14 @@ class Generating(Protocol):
 
     def cancel(self) -> None:
         """End it at the next step. From any thread, any number of times, also when it is over."""
+        ...
+
+    async def begun(self) -> None:
+        """Return once it is accepted: its prompt is prepared, and it waits for its turn or runs.
+
+        Raises:
+            MLOpsError: it is refused; as `chunks`.
+        """
         ...
 
     def chunks(self) -> AsyncIterator[TextChunk]:
@@ -134,9 +150,87 @@ class TextRunner(Runner, Protocol):
         """
         ...
 
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Each token's own bytes, which may be a part of a character; for log-probabilities.
+
+        Cheap, from any thread. A special token is its text.
+
+        Raises:
+            EngineShutdownError: the model is not loaded.
+        """
+        ...
+
     def statistics(self) -> dict[str, Any]:
         """Counters in JSON types; cheap, from any thread. {} when no model is loaded.
 
         Among them `running` and `waiting` (requests now) and `batch_sizes` (steps by rows).
+        """
+        ...
+
+
+@runtime_checkable
+class EmbeddingRunner(Runner, Protocol):
+    """A runner that makes vectors of texts."""
+
+    @property
+    def can_embed(self) -> bool:
+        """True when `embed` answers; known once the model is loaded."""
+        ...
+
+    def embed(
+        self,
+        inputs: Any,
+        *,
+        adapter: str | None = None,
+        dimensions: int | None = None,
+        deadline_s: float | None = None,
+    ) -> Future[EmbeddingResult]:
+        """Begin to make vectors of texts. Does not block: the event loop may call it.
+
+        Args:
+            inputs: a text, token ids, or a list of either, unchecked.
+            adapter: name of an adapter; None is the service's default, `"base"` the bare base.
+            dimensions: cut the vectors to so many numbers.
+            deadline_s: of `time.monotonic()`; later the request fails.
+
+        Returns:
+            A future with the result or the error; to cancel it is to give the request up.
+
+        Raises:
+            EngineShutdownError: the model is not loaded.
+        """
+        ...
+
+
+@runtime_checkable
+class AdapterRunner(Runner, Protocol):
+    """A runner whose adapters can be changed while it runs."""
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names that requests may use; () when no model is loaded."""
+        ...
+
+    def add_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Verify, check and load an adapter; blocks until requests can use it.
+
+        Args:
+            path: a folder, or a text as the registry takes it.
+            replace: a name that is there may mean the new one from now on; requests under way
+                finish with the old one.
+
+        Raises:
+            InvalidRequestError: the name cannot be used, or is there already.
+            BentoMLError: it is missing, damaged, or belongs to another base model.
+            EngineError: there is no room for it.
+        """
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way finish with it.
+
+        Raises:
+            AdapterNotFoundError: there is none of this name.
+            InvalidRequestError: it is what the service was made from.
         """
         ...

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlops import engine
-from mlops.errors import EngineShutdownError, MLOpsError, ServiceError
-from mlops.serving.runner.answer import Answer, Prepared
+from mlops.errors import EngineShutdownError, InvalidRequestError, MLOpsError, ServiceError
+from mlops.serving.runner.answer import Answer, Prepared, read_result
 from mlops.serving.runner.base import Prediction
 from mlops.serving.runner.outputs import to_json
 
@@ -32,6 +34,9 @@ Result = TypeVar("Result")
 MIB = 2**20
 DRAIN_S = 30.0
 """How long `unload_model` lets requests under way finish."""
+
+TOKENIZED_AT_ONCE = 20_000
+"""Tokens of one request for embeddings, before another's prompt is tokenized."""
 
 
 class MLXModelRunner:
@@ -83,6 +88,7 @@ class MLXModelRunner:
         for name in self.adapters:
             _check_adapter_name(name)
         self._found_adapters: dict[str, _FoundAdapter] = {}
+        self._changing_adapters = threading.Lock()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize")
         # What is loaded dies in the owner thread, even when the runner is only forgotten: the
         # model, and for a language model its engine.
@@ -103,7 +109,7 @@ class MLXModelRunner:
         """
         held = list(self._held)
         if not held:
-            raise EngineShutdownError(f"{self.model_path} is not loaded; call load_model() first")
+            raise EngineShutdownError("the model is not loaded; call load_model() first")
         return held[0]
 
     def load_model(self) -> None:
@@ -134,6 +140,105 @@ class MLXModelRunner:
         running = self._engine
         prepared = self._tokenizing.submit(self._prepare, running, input_data, deadline_s)
         return Answer(prepared, self._to_prediction)
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Each token's own bytes, which may be a part of a character.
+
+        Raises:
+            EngineShutdownError: no model is loaded.
+        """
+        return engine.token_bytes(self._engine.loaded.tokenizer, token_ids)
+
+    @property
+    def can_embed(self) -> bool:
+        """True when `embed` answers; known once the model is loaded."""
+        held = list(self._held)
+        return len(held) > 1 and held[0].pooler is not None
+
+    def embed(
+        self,
+        inputs: Any,
+        *,
+        adapter: str | None = None,
+        dimensions: int | None = None,
+        deadline_s: float | None = None,
+    ) -> Future[engine.EmbeddingResult]:
+        """Begin to make vectors of texts; returns at once. See `EmbeddingRunner.embed`.
+
+        Raises:
+            EngineShutdownError: no model is loaded. What is wrong with the request, the future
+                raises.
+        """
+        running = self._engine
+        if adapter is None:
+            adapter = self.default_adapter
+        answer: Future[engine.EmbeddingResult] = Future()
+        asked = _AskedEmbeddings(
+            engine.tokenize_inputs(running.loaded, inputs),
+            None if adapter == engine.BASE_NAME else adapter,
+            dimensions,
+            deadline_s,
+        )
+        self._tokenizing.submit(self._begin_embedding, running, asked, answer)
+        return answer
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names that requests may use; () before loading and for a custom model."""
+        return next((one.adapters.names for one in list(self._held)[1:]), ())
+
+    def add_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Verify, check and load an adapter while requests are answered; blocks until it is there.
+
+        Args:
+            path: a folder, a tag or a hub id.
+            replace: a name that is there may mean the new one from now on; requests under way
+                finish with the old one.
+
+        Raises:
+            EngineShutdownError: no model is loaded.
+            InvalidRequestError: the name cannot be used, is there already, or is that of what the
+                service was made from.
+            BentoMLError: it is missing, damaged, or belongs to another base model.
+            EngineError: there is no room for it.
+        """
+        from mlops import registry
+
+        running = self._engine
+        with self._changing_adapters:
+            self._check_not_default(name)
+            old = self._found_adapters.get(name)
+            if old is not None and not replace:
+                raise InvalidRequestError(
+                    f"there is an adapter {name!r} already; replace it or choose another name",
+                    "name",
+                )
+            base = self._base
+            found = _FoundAdapter(registry.resolve(_plain(path), base_model=base.tag or base.path))
+            found.verify()
+            found.put_into(running, name)
+            try:
+                running.preload(name)
+            except Exception:
+                running.remove_adapter(name)
+                if old is not None:
+                    old.put_into(running, name)
+                raise
+            self._found_adapters[name] = found
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way finish with it.
+
+        Raises:
+            EngineShutdownError: no model is loaded.
+            AdapterNotFoundError: there is none of this name.
+            InvalidRequestError: it is what the service was made from.
+        """
+        running = self._engine
+        with self._changing_adapters:
+            self._check_not_default(name)
+            running.remove_adapter(name)
+            self._found_adapters.pop(name, None)
 
     def statistics(self) -> dict[str, Any]:
         """What the engine has done, in JSON types; {} before loading and for a custom model."""
@@ -206,7 +311,14 @@ class MLXModelRunner:
                 "device": loaded.device,
                 "layout": loaded.layout,
                 "batched": loaded.can_batch,
+                "context_tokens": loaded.context_tokens,
+                "embeddings": loaded.pooler is not None,
                 "adapters": list(held[1].adapters.names),
+                "adapter_tags": {
+                    name: found.model.tag
+                    for name, found in list(self._found_adapters.items())
+                    if found.model.tag
+                },
                 "default_adapter": self.default_adapter,
             }
         return facts
@@ -272,9 +384,7 @@ class MLXModelRunner:
         config = replace(self.engine_config, memory_bytes=self.memory_budget_bytes)
         running = engine.Engine(loaded, config)
         for name, found in self._found_adapters.items():
-            running.add_adapter(
-                name, found.model.checkpoint, digest=found.model.digest, verify=found.verify
-            )
+            found.put_into(running, name)
         running.preload()
         return running
 
@@ -287,7 +397,7 @@ class MLXModelRunner:
         """
         held = list(self._held)
         if len(held) < 2:
-            raise EngineShutdownError(f"{self.model_path} is not loaded; call load_model() first")
+            raise EngineShutdownError("the model is not loaded; call load_model() first")
         running: engine.Engine = held[1]
         return running
 
@@ -313,9 +423,15 @@ class MLXModelRunner:
         request = engine.parse_request(input_data)
         adapter = request.adapter if request.names_adapter else self.default_adapter
         generation_request = engine.to_generation_request(
-            running.loaded, request, adapter=adapter, deadline_s=deadline_s
+            running.loaded,
+            request,
+            adapter=adapter,
+            deadline_s=deadline_s,
+            max_prompt_tokens=self.engine_config.max_prompt_tokens,
         )
-        prepared = Prepared(generation_request)
+        prepared = Prepared(
+            generation_request, make_reader=_reader_of(running.loaded, request.tools)
+        )
         try:
             for choice in engine.split_choices(generation_request, request.n):
                 prepared.generations.append(running.submit(choice))
@@ -323,6 +439,28 @@ class MLXModelRunner:
             prepared.cancel()
             raise
         return prepared
+
+    def _begin_embedding(
+        self,
+        running: engine.Engine,
+        asked: _AskedEmbeddings,
+        answer: Future[engine.EmbeddingResult],
+    ) -> None:
+        """Tokenize and submit; after some tokens others' prompts go first."""
+        try:
+            num_tokens = 0
+            for ids in asked.inputs:
+                asked.tokenized.append(ids)
+                num_tokens += len(ids)
+                if answer.cancelled():
+                    return
+                if num_tokens > TOKENIZED_AT_ONCE:
+                    self._tokenizing.submit(self._begin_embedding, running, asked, answer)
+                    return
+            running.embed(asked.to_request(), answer)
+        except BaseException as exc:  # a tokenizer may raise what is no Exception
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(engine.to_exception(exc))
 
     def _wait(self, running: engine.Engine, prepared: Prepared) -> Prediction:
         results = [running.wait(generation) for generation in prepared.generations]
@@ -361,9 +499,10 @@ class MLXModelRunner:
         self, prepared: Prepared, results: Sequence[engine.GenerationResult]
     ) -> Prediction:
         first, request = results[0], prepared.request
+        choices = [_to_choice(prepared, result) for result in results]
         completion_tokens = sum(result.completion_tokens for result in results)
         prediction = {
-            "prediction": first.text,
+            "prediction": choices[0]["text"],
             "mlx_optimized": True,
             "model_type": self.model_type,
             "usage": {
@@ -372,7 +511,7 @@ class MLXModelRunner:
                 "total_tokens": first.prompt_tokens + completion_tokens,
                 "cached_tokens": first.cached_tokens,
             },
-            "finish_reason": first.finish_reason,
+            **{name: value for name, value in choices[0].items() if name != "text"},
             "adapter": request.adapter,
             "timings": {
                 "queue_ms": round(first.queue_ms, 3),
@@ -380,21 +519,9 @@ class MLXModelRunner:
                 "total_ms": round(max(result.total_ms for result in results), 3),
             },
         }
-        if request.logprobs is not None:
-            prediction["logprobs"] = [asdict(one) for one in first.logprobs]
         if len(results) > 1:
             prediction["choices"] = [
-                {
-                    "index": index,
-                    "text": result.text,
-                    "finish_reason": result.finish_reason,
-                    **(
-                        {}
-                        if request.logprobs is None
-                        else {"logprobs": [asdict(one) for one in result.logprobs]}
-                    ),
-                }
-                for index, result in enumerate(results)
+                {"index": index, **choice} for index, choice in enumerate(choices)
             ]
         return prediction
 
@@ -419,6 +546,20 @@ class MLXModelRunner:
                 registry.resolve(_plain(path), base_model=base.tag or base.path)
             )
         return found
+
+    @property
+    def _base(self) -> ResolvedModel:
+        """What adapters are for."""
+        if self.resolved is None:
+            raise ServiceError(f"{self.model_path} takes no adapters", "load_adapter")
+        return self.resolved.base or self.resolved
+
+    def _check_not_default(self, name: str) -> None:
+        if name == self.default_adapter:
+            raise InvalidRequestError(
+                f"the adapter {name!r} is what this service was made from: it stays as it is",
+                "name",
+            )
 
     @property
     def _reference(self) -> str | Path:
@@ -448,6 +589,52 @@ class _FoundAdapter:
         from mlops import registry
 
         registry.verify(replace(self.model, base=None))
+
+    def put_into(self, running: engine.Engine, name: str) -> None:
+        """Make it known to an engine."""
+        model = self.model
+        running.add_adapter(name, model.checkpoint, digest=model.digest, verify=self.verify)
+
+
+@dataclass(frozen=True)
+class _AskedEmbeddings:
+    """A request for embeddings, while it is tokenized.
+
+    Attributes:
+        inputs: gives the token ids of the next text.
+    """
+
+    inputs: Iterator[tuple[int, ...]]
+    adapter: str | None
+    dimensions: int | None
+    deadline_s: float | None
+    tokenized: list[tuple[int, ...]] = field(default_factory=list)
+
+    def to_request(self) -> engine.EmbeddingRequest:
+        return engine.EmbeddingRequest(
+            tuple(self.tokenized), self.adapter, self.dimensions, self.deadline_s
+        )
+
+
+def _reader_of(
+    loaded: engine.LoadedModel, tools: engine.Tools | None
+) -> Callable[[], engine.ToolReader] | None:
+    """What makes a reader of calls for each choice; None for a request without functions."""
+    form = None if tools is None else engine.find_form(loaded.tokenizer)
+    if tools is None or form is None:
+        return None
+    return partial(engine.ToolReader, form, tools)
+
+
+def _to_choice(prepared: Prepared, result: engine.GenerationResult) -> dict[str, Any]:
+    """One choice, with the fields that it has in a prediction."""
+    answered = read_result(prepared, result)
+    choice: dict[str, Any] = {"text": answered.text, "finish_reason": answered.finish_reason}
+    if answered.tool_calls:
+        choice["tool_calls"] = [asdict(call) for call in answered.tool_calls]
+    if prepared.request.logprobs is not None:
+        choice["logprobs"] = [asdict(one) for one in result.logprobs]
+    return choice
 
 
 def _has_mlx() -> bool:
