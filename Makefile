@@ -14,7 +14,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
-.PHONY: help setup reference demo serve test check format bench lock clean
+.PHONY: help setup reference demo serve test check format bench docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -46,6 +46,9 @@ format: setup ## mend what lint and format can mend
 
 bench: setup ## the benchmarks, each against a named peer in the same run
 	@python -m benchmarks
+
+docs: setup ## write docs/api.md from the description of the API
+	@python tools/api_reference.py
 
 lock: setup ## pin the newest allowed dependencies, with hashes
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -115,7 +115,10 @@ def _running(
         try:
             server.wait(END_S)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # LitServe's workers outlive it
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait(END_S)
 
 

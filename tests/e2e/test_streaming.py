@@ -30,6 +30,9 @@ class Counting:
             self.is_over = True
             self.runner.running -= 1
 
+    async def begun(self):
+        pass
+
     async def chunks(self):
         for number in range(self.num_tokens):
             await asyncio.sleep(0)
@@ -55,6 +58,9 @@ class CountingRunner:
 
     def generate(self, input_data, *, deadline_s=None):
         return Counting(self, input_data["max_tokens"])
+
+    def token_bytes(self, token_ids):
+        return [b"" for _ in token_ids]
 
     def statistics(self):
         return {"running": self.running, "waiting": 0, "batch_sizes": {}}

@@ -91,17 +91,19 @@ class EmbeddingResult:
     adapter: str | None = None
 
 
-def tokenize_inputs(loaded: LoadedModel, inputs: Any) -> Iterator[tuple[int, ...]]:
+def tokenize_inputs(
+    loaded: LoadedModel, inputs: Any, *, max_prompt_tokens: int | None = None
+) -> Iterator[tuple[int, ...]]:
     """The token ids of each text, as the model's tokenizer begins and ends a text.
 
     Any thread may ask, one at a time: tokenizers are not made for several.
 
     Args:
         inputs: a text, token ids, or a list of either.
+        max_prompt_tokens: the operator's limit for each text, besides the model's context.
 
     Raises:
-        InvalidRequestError: it is none of these, or a text is empty or longer than the model's
-            context.
+        InvalidRequestError: it is none of these, or a text is empty or longer than these limits.
     """
     if isinstance(inputs, str) or (isinstance(inputs, list | tuple) and _is_id(inputs[:1])):
         inputs = [inputs]
@@ -112,7 +114,13 @@ def tokenize_inputs(loaded: LoadedModel, inputs: Any) -> Iterator[tuple[int, ...
         name = "input" if len(inputs) == 1 else f"input[{number}]"
         if not isinstance(value, kind):
             raise invalid(name, value, "a text or token ids, as the first one is")
-        yield _tokenize(loaded, name, value)
+        ids = _tokenize(loaded, name, value)
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            raise InvalidRequestError(
+                f"{name} has {len(ids)} tokens; this service takes {max_prompt_tokens} at most",
+                name,
+            )
+        yield ids
 
 
 def _tokenize(loaded: LoadedModel, name: str, value: Any) -> tuple[int, ...]:

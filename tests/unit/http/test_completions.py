@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -12,21 +12,24 @@ from echo_runner import EchoRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from text_runner import LONG_S, ScriptedRunner
+from text_runner import LONG_S, ScriptedGenerating, ScriptedRunner
+from text_service import INFO, Serve, events_of, serving_runners
 
+from mlops.engine import TokenLogprobs
 from mlops.errors import (
     AdapterNotFoundError,
     DeadlineExceededError,
+    EngineError,
     EngineShutdownError,
     InvalidRequestError,
     QueueFullError,
 )
-from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
-from mlops.serving.http.completions import RUNNER_FIELDS, parse_completion
+from mlops.serving.http import HTTPSettings
+from mlops.serving.http.completions import parse_completion
+from mlops.serving.http.schemas import CompletionBody
 from mlops.serving.http.sse import GRACE_S, EventStream
 from mlops.serving.runner.base import TextChunk
 
-INFO = ServiceInfo("my_service", model="models/my_model", model_tag="my_model:1.0.0")
 ASK = {"model": "my_service", "prompt": "Hi"}
 STREAM = {**ASK, "stream": True}
 USAGE = {
@@ -35,41 +38,12 @@ USAGE = {
     "total_tokens": 5,
     "prompt_tokens_details": {"cached_tokens": 2},
 }
-Serve = Callable[..., TestClient]
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    give_up = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never came"
-        time.sleep(0.002)
 
 
 @pytest.fixture
 def serving() -> Iterator[Serve]:
-    hosts: list[RunnerHost] = []
-
-    def serve(
-        runner: EchoRunner, settings: HTTPSettings = HTTPSettings(), **limits: Any
-    ) -> TestClient:
-        host = RunnerHost(lambda: runner, **limits)
-        hosts.append(host)
-        host.start()
-        wait_for(lambda: host.status != "loading")
-        return TestClient(create_app(Served(host, INFO, settings)), raise_server_exceptions=False)
-
-    yield serve
-    for host in hosts:
-        host.stop()
-
-
-def events_of(text: str) -> list[Any]:
-    """The events of a stream; each is one line of data and an empty one."""
-    lines = text.split("\n\n")
-    assert lines.pop() == ""
-    assert all(line.startswith("data: ") and "\n" not in line for line in lines)
-    data = [line.removeprefix("data: ") for line in lines]
-    return [one if one == "[DONE]" else json.loads(one) for one in data]
+    with serving_runners() as serve:
+        yield serve
 
 
 def test_a_completion(serving: Serve) -> None:
@@ -105,6 +79,141 @@ def test_several_choices(serving: Serve) -> None:
         (0, "a", None),
         (0, "", "length"),
     ]
+
+
+def test_several_prompts(serving: Serve) -> None:
+    runner = ScriptedRunner(
+        TextChunk(0, "a", (1,)), TextChunk(1, "b", (2,), "stop"), TextChunk(0, "c", (3,), "length")
+    )
+    client = serving(runner)
+    body = {**ASK, "prompt": ["x", "y"], "n": 2}
+    answer = client.post("/v1/completions", json=body).json()
+    assert [one["prompt"] for one in runner.asked] == ["x", "y"]
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in answer["choices"]] == [
+        (0, "ac", "length"),
+        (1, "b", "stop"),
+        (2, "ac", "length"),
+        (3, "b", "stop"),
+    ]
+    assert answer["usage"] == {
+        "prompt_tokens": 6,
+        "completion_tokens": 6,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    *events, usage, done = events_of(client.post("/v1/completions", json=body).text)
+    assert done == "[DONE]"
+    assert usage["usage"] == answer["usage"]
+    texts = dict.fromkeys(range(4), "")
+    for event in events:
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == {0: "ac", 1: "b", 2: "ac", 3: "b"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ([5, 6], [[5, 6]]),
+        ([[5, 6]], [[5, 6]]),
+        ([[5], [6]], [[5], [6]]),
+        (["a"], ["a"]),
+        (["a"] * 64, ["a"] * 64),
+    ],
+)
+def test_token_ids_and_lists(serving: Serve, prompt: Any, asked: Any) -> None:
+    runner = ScriptedRunner()
+    answer = serving(runner).post("/v1/completions", json={**ASK, "prompt": prompt}).json()
+    assert [one["prompt"] for one in runner.asked] == asked
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(asked)))
+
+
+class RefusesLater(ScriptedRunner):
+    """Takes the first prompts, and one that never ends, and refuses the others."""
+
+    def __init__(self, error: Exception, *, at_once: bool) -> None:
+        super().__init__(threading.Event())
+        self.error, self.at_once = error, at_once
+
+    def generate(
+        self, input_data: Mapping[str, Any], *, deadline_s: float | None = None
+    ) -> ScriptedGenerating:
+        if len(self.generatings) == 2:
+            if self.at_once:
+                raise self.error
+            self.pieces = (self.error,)
+        return super().generate(input_data, deadline_s=deadline_s)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_one_refused_prompt_ends_all(serving: Serve, at_once: bool, stream: bool) -> None:
+    runner = RefusesLater(QueueFullError("too many", retry_after_s=1), at_once=at_once)
+    body = {**ASK, "prompt": ["a", "b", "c", "d"], "stream": stream}
+    response = serving(runner).post("/v1/completions", json=body)
+    assert response.status_code == 429
+    assert len(runner.generatings) >= 2
+    assert all(one.cancelled.is_set() for one in runner.generatings)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_fails_later_ends_all(serving: Serve, stream: bool) -> None:
+    class Fails(ScriptedRunner):
+        def generate(
+            self, input_data: Mapping[str, Any], *, deadline_s: float | None = None
+        ) -> ScriptedGenerating:
+            if self.generatings:
+                self.pieces = (TextChunk(0, "a", (1,)), threading.Event())
+            return super().generate(input_data, deadline_s=deadline_s)
+
+    runner = Fails(TextChunk(0, "a", (1,)), EngineError("a step failed"))
+    body = {**ASK, "prompt": ["a", "b", "c"], "stream": stream}
+    response = serving(runner).post("/v1/completions", json=body)
+    if stream:
+        assert set(events_of(response.text)[-1]) == {"error"}
+    else:
+        assert response.status_code == 500
+    assert [one.cancelled.is_set() for one in runner.generatings] == [True] * 3
+
+
+def told(token: int, logprob: float, *top: tuple[int, float]) -> TokenLogprobs:
+    return TokenLogprobs(token, logprob, top)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs(serving: Serve, stream: bool) -> None:
+    runner = ScriptedRunner(
+        TextChunk(0, "Hi", (1,), None, (told(1, -0.5, (1, -0.5), (2, -1.0)),)),
+        TextChunk(0, "", (3,), None, (told(3, float("-inf"), (1, float("nan")), (4, -1.5)),)),
+        TextChunk(0, "é!", (4, 2), "length", (told(4, -0.25), told(2, -2.0, (2, -2.0)))),
+    )
+    runner.words = {1: b" Hi", 2: b"!", 3: b"\xc3", 4: b"\xa9"}
+    body = {**ASK, "logprobs": 2, "stream": stream}
+    response = serving(runner).post("/v1/completions", json=body)
+    assert runner.asked[0]["logprobs"] == 2
+    if stream:
+        parts = [event["choices"][0]["logprobs"] for event in events_of(response.text)[:-1]]
+        assert [len(part["tokens"]) for part in parts] == [1, 1, 2]
+        logprobs = {name: [one for part in parts for one in part[name]] for name in parts[0]}
+    else:
+        logprobs = response.json()["choices"][0]["logprobs"]
+    assert logprobs == {
+        "tokens": [" Hi", "bytes:\\xc3", "bytes:\\xa9", "!"],
+        "token_logprobs": [-0.5, -9999.0, -0.25, -2.0],
+        "top_logprobs": [
+            {" Hi": -0.5, "!": -1.0},
+            {" Hi": -9999.0, "bytes:\\xa9": -1.5, "bytes:\\xc3": -9999.0},
+            {"bytes:\\xa9": -0.25},
+            {"!": -2.0},
+        ],
+        "text_offset": [0, 2, 2, 3],  # of "Hié!"
+    }
+
+
+def test_text_that_waits_for_more_makes_no_event(serving: Serve) -> None:
+    runner = ScriptedRunner(TextChunk(0, "", (1,)), TextChunk(0, "a", (2,), "stop"))
+    events = events_of(serving(runner).post("/v1/completions", json=STREAM).text)
+    assert len(events) == 2
 
 
 def test_a_stream(serving: Serve) -> None:
@@ -193,7 +302,7 @@ def _assert_refused(
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert response.json()["error"].items() >= shown.items()
     assert "secret" not in response.text
-    assert response.headers.get("retry-after") == ("3" if status == 429 else None)
+    assert response.headers.get("retry-after") == {429: "3", 503: "1"}.get(status)
     assert all(one.cancelled.is_set() for one in runner.generatings)
 
 
@@ -229,7 +338,21 @@ def test_what_model_names(model: str, fields: dict[str, str]) -> None:
         ({"model": ["my_service"]}, "model"),
         ({"prompt": None}, "prompt"),
         ({"echo": True}, "echo"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"temperature": 11}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"seed": 2**63}, "seed"),
+        ({"top_k": -1}, "top_k"),
+        ({"n": 17}, "n"),
+        ({"max_tokens": 1.0}, "max_tokens"),
+        ({"ignore_eos": "no"}, "ignore_eos"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": [None]}, "prompt"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "b"}, "suffix"),
         ({"user": 1}, "user"),
@@ -239,7 +362,10 @@ def test_what_model_names(model: str, fields: dict[str, str]) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
     ],
 )
 def test_a_field_that_is_wrong_is_named(serving: Serve, fields: Any, param: str) -> None:
@@ -252,7 +378,7 @@ def test_a_field_that_is_wrong_is_named(serving: Serve, fields: Any, param: str)
 
 
 def test_null_is_left_out_and_user_is_not_used() -> None:
-    nulls = dict.fromkeys((*RUNNER_FIELDS, "stream", "stream_options", "echo", "suffix"))
+    nulls = dict.fromkeys((*CompletionBody.model_fields, "echo", "suffix"))
     body = {**nulls, **ASK, "user": "someone", "max_tokens": 5, "stop": ["a"]}
     asked = parse_completion(body, INFO.model_names)
     assert asked.fields == {"prompt": "Hi", "max_tokens": 5, "temperature": 1.0, "stop": ["a"]}

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 from echo_runner import CancellableRunner, EchoRunner
-from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from mlops.errors import IntegrityError, ServiceError
@@ -120,28 +119,6 @@ def test_metrics(client: TestClient) -> None:
 def test_metrics_can_be_turned_off(serving: Callable[..., TestClient]) -> None:
     client = serving(EchoRunner(), settings=HTTPSettings(enable_metrics=False))
     assert client.get("/metrics").status_code == 404
-
-
-@pytest.mark.parametrize(
-    ("accept", "is_text"),
-    [
-        ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5", True),
-        ("text/plain", True),
-        ("*/*", False),
-        ("text/html,text/plain", False),
-        ("application/json, text/plain, */*", False),
-    ],
-)
-def test_prometheus_gets_its_text(
-    serving: Callable[..., TestClient], accept: str, is_text: bool
-) -> None:
-    async def prometheus(_: Any) -> PlainTextResponse:
-        return PlainTextResponse("requests_total 1")
-
-    response = serving(EchoRunner(), prometheus=prometheus).get(
-        "/metrics", headers={"accept": accept}
-    )
-    assert (response.text == "requests_total 1") is is_text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from echo_runner import EchoRunner
@@ -28,6 +29,10 @@ class ScriptedGenerating:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+    async def begun(self) -> None:
+        if self.pieces and isinstance(self.pieces[0], Exception):
+            raise self.pieces[0]
 
     async def chunks(self) -> AsyncIterator[TextChunk]:
         for piece in self.pieces:
@@ -52,12 +57,19 @@ class ScriptedGenerating:
             reasons[chunk.index] = chunk.finish_reason
         num_tokens = sum(len(chunk.tokens) for chunk in chunks)
         several = [
-            {"index": index, "text": texts[index], "finish_reason": reasons[index]}
+            {
+                "index": index,
+                "text": texts[index],
+                "finish_reason": reasons[index],
+                **_further([chunk for chunk in chunks if chunk.index == index]),
+            }
             for index in sorted(texts)
         ]
         return {
             "prediction": texts[0],
             "finish_reason": reasons[0],
+            "adapter": None,
+            **{name: several[0][name] for name in FURTHER if name in several[0]},
             "mlx_optimized": True,
             "model_type": "mlx",
             "usage": {
@@ -68,6 +80,15 @@ class ScriptedGenerating:
             },
             **({"choices": several} if len(several) > 1 else {}),
         }
+
+
+FURTHER = ("logprobs", "tool_calls")
+
+
+def _further(chunks: Sequence[TextChunk]) -> dict[str, Any]:
+    logprobs = [asdict(one) for chunk in chunks for one in chunk.logprobs or ()]
+    calls = [asdict(one) for chunk in chunks for one in chunk.tool_calls]
+    return {name: one for name, one in zip(FURTHER, (logprobs, calls), strict=True) if one}
 
 
 class ScriptedRunner(EchoRunner):
@@ -83,6 +104,7 @@ class ScriptedRunner(EchoRunner):
         super().__init__()
         self.pieces = pieces or HELLO
         self.refusal = refusal
+        self.words: dict[int, bytes] = {}
         self.asked: list[Mapping[str, Any]] = []
         self.time_left_s: list[float] = []
         self.generatings: list[ScriptedGenerating] = []
@@ -99,6 +121,9 @@ class ScriptedRunner(EchoRunner):
         self.time_left_s.append(deadline_s - time.monotonic())
         self.generatings.append(ScriptedGenerating(self.pieces))
         return self.generatings[-1]
+
+    def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
+        return [self.words.get(token, f"<{token}>".encode()) for token in tokens]
 
     def statistics(self) -> dict[str, Any]:
         return {"running": 2, "waiting": 1, "batch_sizes": {"10": 5, "2": 3}, "steps": 8}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import ipaddress
 import json
 import os
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def _with_workers(original: click.Command) -> click.Command:
 
 def _around(run: Callable[..., None]) -> Callable[..., None]:
     def serve(workers: int | None, **options: Any) -> None:
+        from mlops.serving.bentoml.shutdown import signals_watched
         from mlops.serving.bentoml.supervision import supervised
 
         try:
@@ -54,8 +56,10 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
             if workers is not None:
                 _override(service.name, {"workers": workers})
             options["host"] = options["host"] or _default_host(service)
+            _check_keys(service, options["host"])
             workers = workers or _configured_workers(service)
-            with supervised(workers, _thread_environment(service, workers, users_own)):
+            environment = _thread_environment(service, workers, users_own)
+            with supervised(workers, environment), signals_watched():
                 run(**options)
         except MLOpsError as exc:
             raise click.ClickException(str(exc)) from exc
@@ -130,6 +134,34 @@ def _default_host(service: Any) -> str | None:
         return "0.0.0.0"  # noqa: S104 - the container's border is the container's network
     configured = "http" in getattr(service, "config", {}) or "BENTOML_CONFIG" in os.environ
     return None if configured else LOCAL_HOST
+
+
+def _check_keys(service: Any, host: str | None) -> None:
+    """Read the API keys, so that a mistake is told at once; warn where all others may ask.
+
+    In a container too: its network may be the whole world's.
+
+    Raises:
+        ConfigError: the keys cannot be read.
+    """
+    if (http := getattr(service, "http_options", None)) is None or http.to_settings().api_keys:
+        return
+    if host is None:
+        from bentoml._internal.configuration.containers import BentoMLContainer
+
+        service.inject_config()
+        host = str(BentoMLContainer.http.host.get())
+    try:
+        is_local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return  # BentoML refuses it
+    if not is_local:
+        click.echo(
+            f"Warning: whoever reaches this machine may use the service, because it listens on "
+            f"{host} and has no API keys: set MLOPS_API_KEYS or http.api_key_file, or serve with "
+            f"--host {LOCAL_HOST}.",
+            err=True,
+        )
 
 
 serve = _with_workers(serve_command.commands["serve"])

@@ -1,13 +1,15 @@
-"""The log of a served service: `$BENTOML_HOME/mlops/logs/<service>.log`, read by `bentoml logs`.
+"""The log of a served service: what a worker prints, and a file that `bentoml logs` reads.
 
-All workers of a service append to one file. It is bounded: at `MAX_BYTES` it becomes
-`<service>.log.1`, which replaces the one before. Each line names the service or Bento that wrote
-it.
+All workers of a service append to one file, `$BENTOML_HOME/mlops/logs/<service>.log`. It is
+bounded: at `MAX_BYTES` it becomes `<service>.log.1`, which replaces the one before. Each line names
+the service or Bento that wrote it. Lines are text, or JSON objects where the operator wants that.
 """
 
 from __future__ import annotations
 
+import datetime
 import fcntl
+import json
 import logging
 import re
 import time
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.errors import ServiceError
+from mlops.serving.bentoml.http_options import HTTPOptions, LogFormat
 
 if TYPE_CHECKING:
     from bentoml import Service
 
 MAX_BYTES = 8 * 1024 * 1024
 
+_LOOK_S = 0.25
 _NAME = re.compile(r"[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LINE = re.compile(r"\S+ [A-Z]+ \[(?P<tag>[^\]]*)\] ")
@@ -32,9 +36,22 @@ _FOLLOW_S = 0.25
 class _SharedLog(WatchedFileHandler):
     """Appends to a file that other processes append to, and starts a new one when it is full."""
 
+    _looked_s = -_LOOK_S
+    _num_written = 0
+
     def emit(self, record: logging.LogRecord) -> None:
-        self._turn_over()
-        super().emit(record)  # opens the file anew when another process has turned it over
+        now_s = time.monotonic()
+        # To look at the file costs more than to write a line.
+        if now_s - self._looked_s >= _LOOK_S or self._num_written >= MAX_BYTES // 64:
+            self._looked_s, self._num_written = now_s, 0
+            self._turn_over()
+            self.reopenIfNeeded()  # another process may have turned it over
+        logging.FileHandler.emit(self, record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        self._num_written += len(line)
+        return line
 
     def _turn_over(self) -> None:
         path = Path(self.baseFilename)
@@ -49,28 +66,87 @@ class _SharedLog(WatchedFileHandler):
 class _OneLine(logging.Formatter):
     """A message stays on its line, whatever a client put into it; tracebacks have several."""
 
+    _second = (0, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        second, text = self._second
+        if second != int(record.created):  # to format a time costs as much as the rest of the line
+            text = super().formatTime(record, datefmt)
+            self._second = (int(record.created), text)
+        return text
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         text = super().formatMessage(record)
+        if text.isprintable():
+            return text
         return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class _JSONLines(logging.Formatter):
+    """An object on each line; the fields of a request are its own."""
+
+    def __init__(self, tag: str) -> None:
+        super().__init__()
+        self._tag = tag
+
+    def format(self, record: logging.LogRecord) -> str:
+        request: Any = record.msg if hasattr(record.msg, "fields") else None  # a `RequestLine`
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "service": self._tag,
+            "process": record.process,
+            "message": request.summary if request else record.getMessage(),
+            **(request.fields if request else {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(service: Service[Any]) -> None:
+    """Let this process print what we log, a line for each request too; as JSON if so wanted.
+
+    Called in a worker, whose handlers BentoML has made.
+    """
+    from bentoml._internal.configuration import get_quiet_mode
+
+    if not get_quiet_mode():
+        logging.getLogger("mlops").setLevel(logging.INFO)
+    # It would make up a line for each request that nobody gets to see.
+    logging.getLogger("uvicorn.access").propagate = False
+    if _wants_json(service):
+        for name in ("", "bentoml", "uvicorn.error", "circus"):
+            for handler in logging.getLogger(name).handlers:
+                handler.setFormatter(_JSONLines(_tag_of(service)))
 
 
 def attach(service: Service[Any]) -> None:
     """Let what this process logs also go to the service's log."""
     path = path_of(service.name)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    tag = str(service.bento.tag) if service.bento else service.name
-    handler = _SharedLog(path, encoding="utf-8", delay=True)
+    tag = _tag_of(service)
+    handler = _SharedLog(path, encoding="utf-8", delay=True, errors="backslashreplace")
+    text = f"%(asctime)s %(levelname)s [{tag}] %(process)d %(name)s: %(message)s"
     handler.setFormatter(
-        _OneLine(
-            f"%(asctime)s %(levelname)s [{tag}] %(process)d %(name)s: %(message)s",
-            "%Y-%m-%dT%H:%M:%S%z",
-        )
+        _JSONLines(tag) if _wants_json(service) else _OneLine(text, "%Y-%m-%dT%H:%M:%S%z")
     )
     logging.getLogger("mlops").setLevel(logging.INFO)
     root, bentoml = logging.getLogger(), logging.getLogger("bentoml")
     for logger in (root,) if bentoml.propagate else (root, bentoml):
         if not any(isinstance(other, _SharedLog) for other in logger.handlers):
             logger.addHandler(handler)
+
+
+def _wants_json(service: Service[Any]) -> bool:
+    options: HTTPOptions | None = getattr(service, "http_options", None)
+    return options is not None and options.log_format == LogFormat.JSON
+
+
+def _tag_of(service: Service[Any]) -> str:
+    return str(service.bento.tag) if service.bento else str(service.name)
 
 
 def path_of(service_name: str) -> Path:
@@ -138,10 +214,22 @@ def _log_of(tag: str) -> tuple[Path, str | None]:
 def _of_tag(lines: Any, wanted: str | None) -> Iterator[str]:
     is_chosen = wanted is None
     for line in lines:
-        if wanted is not None and (found := _LINE.match(line)):
-            is_chosen = found["tag"] == wanted  # the lines of a traceback go with the one above
+        if wanted is not None and (tag := _tag_in(line)):
+            is_chosen = tag == wanted  # the lines of a traceback go with the one above
         if is_chosen:
             yield line
+
+
+def _tag_in(line: str) -> str | None:
+    """Who wrote a line; None for one that goes on with the line above."""
+    if found := _LINE.match(line):
+        return found["tag"]
+    if line.startswith('{"time": '):
+        try:
+            return str(json.loads(line)["service"])
+        except (ValueError, KeyError):  # cut off by a process that was killed
+            return None
+    return None
 
 
 def _new_lines(path: Path) -> Iterator[str]:

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
 
 from mlops.engine import EngineConfig
 from mlops.errors import BentoMLError, ConfigError, MLOpsError, ServiceError
-from mlops.serving.bentoml import supervision
+from mlops.serving.bentoml import logs, shutdown, supervision
 from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
 from mlops.serving.http import RunnerHost, Served, ServiceInfo, Status, create_app
 from mlops.serving.http.predict import predict as answer_predict
@@ -29,6 +32,7 @@ from mlops.serving.runner.base import Runner
 
 if TYPE_CHECKING:
     from bentoml import Service
+    from opentelemetry.trace import TracerProvider
     from starlette.applications import Starlette
 
 __all__ = ["BentoMLError", "create_bentoml_service", "create_lora_service"]
@@ -158,6 +162,11 @@ def _settings(
         from mlops.hardware import detect
 
         settings.apple_silicon = replace(settings.apple_silicon, chip_type=detect().chip_type)
+    settings.http = replace(
+        settings.http,
+        api_key_file=_from_here(settings.http.api_key_file),
+        adapter_folder=_from_here(settings.http.adapter_folder),
+    )
     return settings
 
 
@@ -221,6 +230,11 @@ def _absolute(model: str) -> str:
     """A path as it is from any working directory; BentoML's workers change theirs."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.exists() else model
+
+
+def _from_here(path: str | None) -> str | None:
+    """A path that need not exist yet, as it is from any working directory."""
+    return path and str(Path(path).expanduser().absolute())
 
 
 def _model_type(
@@ -297,6 +311,7 @@ def _runner_maker(
             max_rows=settings.max_batch_size,
             row_limit=_batch_limit(settings),
             max_waiting=WAITING_PER_BATCH * settings.max_batch_size,
+            max_prompt_tokens=settings.http.max_prompt_tokens,
         ),
         **{name: value for name, value in given.items() if value},
     }
@@ -371,11 +386,20 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
     class ModelService(bentoml.Service):  # type: ignore[misc]
         """A service whose routes come from `serving.http`."""
 
+        http_options = settings.http  # for the command that serves it
+
         def to_asgi(self, is_main: bool = True) -> Starlette:
-            served.settings = settings.http.to_settings(
-                enable_metrics=settings.enable_metrics, enable_docs=settings.enable_swagger
-            )
-            return _behind_ours(served, super().to_asgi(is_main), self.middlewares)
+            logs.configure(self)
+            served.tracer_provider = _tracer_provider()
+            try:
+                served.settings = settings.http.to_settings(
+                    enable_metrics=settings.enable_metrics, enable_docs=settings.enable_swagger
+                )
+            except ConfigError as exc:  # the keys; BentoML would start the worker for ever
+                supervision.report_failure(exc)
+                raise
+            app = _behind_ours(served, super().to_asgi(is_main), self.middlewares)
+            return shutdown.ending_well(app, host, settings.http)
 
     class Instance:
         """What BentoML runs in each worker."""
@@ -407,6 +431,10 @@ def _bentoml_service(settings: BentoMLConfig, host: RunnerHost, info: ServiceInf
             ignore_eos: bool | None = None,
             logprobs: int | None = None,
             n: int | None = None,
+            response_format: dict[str, Any] | None = None,
+            tools: list[dict[str, Any]] | None = None,
+            tool_choice: Any = None,
+            parallel_tool_calls: bool | None = None,
         ) -> dict[str, Any]:
             """Answer one request: generated text, or what the model computes from `input`."""
             fields = locals()
@@ -442,13 +470,27 @@ def _behind_ours(
         users_own: classes and options, outermost first.
     """
     routes = app.router.routes
-    if not served.settings.enable_docs:
-        routes[:] = [r for r in routes if getattr(r, "name", None) not in _SWAGGER_ROUTES]
+    routes[:] = [r for r in routes if getattr(r, "name", None) not in _SWAGGER_ROUTES]
+    if served.settings.enable_docs:
+        # BentoML's own page sends its visitors' steps to others; a user's page at / comes before.
+        routes.append(Route("/", _to_docs))
     # What is left serves BentoML's own routes: its time limit, CORS as configured, its context.
     not_again = {kind for kind, _ in users_own} | _replaced_middlewares()
     app.user_middleware = [one for one in app.user_middleware if one.cls not in not_again]
     first = [Middleware(kind, **options) for kind, options in users_own]
     return create_app(served, middleware=first, inner=app)
+
+
+async def _to_docs(request: Request) -> Response:
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
+
+
+def _tracer_provider() -> TracerProvider | None:
+    """What BentoML's configuration says about traces; None where it says nothing."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    provider: TracerProvider = BentoMLContainer.tracer_provider.get()
+    return provider if BentoMLContainer.tracing.exporter_type.get() else None
 
 
 def _replaced_middlewares() -> set[Any]:

@@ -96,6 +96,11 @@ def end_loading() -> None:
             Path(folder, name).unlink(missing_ok=True)
 
 
+def is_supervised() -> bool:
+    """Whether this is a worker of the command, or the command itself."""
+    return bool(os.environ.get(FOLDER_VARIABLE))
+
+
 def planned_workers(configured: int) -> int:
     """How many workers the service has: as the command says, else as configured."""
     return int(os.environ.get(WORKERS_VARIABLE) or configured)

@@ -1,8 +1,12 @@
 """The service's routes as one ASGI app.
 
     POST /predict          the runner's own fields and answer          `predict`
-    POST /v1/completions   OpenAI's text completions                   `completions`
+    POST /v1/completions, /v1/chat/completions              `completions`, `chat`
+    POST /v1/embeddings                texts as vectors                `embeddings`
+    POST /v1/load_lora_adapter, /v1/unload_lora_adapter                `adapters`
+    GET /v1/models                     the names of models and adapters   `models`
     GET /health, /metrics, /livez, /readyz                             `monitoring`
+    GET /docs, /openapi.json           how to use all of them          `docs_page`
 
 The same app answers under BentoML and under Ray. It parses and checks what a client sends, asks the
 `RunnerHost`, and turns every failure into a status and a JSON body.
@@ -19,11 +23,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from mlops.serving.http.access import guards
+from mlops.serving.http.adapters import post_load_lora_adapter, post_unload_lora_adapter
+from mlops.serving.http.chat import post_chat_completions
 from mlops.serving.http.completions import post_completions
+from mlops.serving.http.docs_page import docs_routes
+from mlops.serving.http.embeddings import post_embeddings
 from mlops.serving.http.errors import error_response
 from mlops.serving.http.front import Front
+from mlops.serving.http.models import Models
 from mlops.serving.http.monitoring import Monitoring
+from mlops.serving.http.paths import route_path, speaks_openai
 from mlops.serving.http.predict import post_predict
+from mlops.serving.http.prometheus import Metrics
 from mlops.serving.http.served import Served, json_endpoint
 
 
@@ -37,13 +49,16 @@ def create_app(
         middleware: in front of everything, outermost first.
         inner: an app that answers the paths which are not ours, and whose lifespan is used.
     """
+    served.metrics = Metrics(served.info) if served.settings.enable_metrics else None
     app = Starlette(
         routes=_routes(served),
-        middleware=[*middleware, Middleware(Front, served=served)],
+        middleware=[*middleware, Middleware(Front, served=served), *guards(served.settings)],
         exception_handlers={HTTPException: _failed, Exception: _failed},
     )
     if inner is not None:
         inner.router.default = app.router.default  # an unknown path gets our JSON error
+        for kind in (HTTPException, Exception):
+            inner.add_exception_handler(kind, _failed)
         app.router.default = inner
         lifespan = inner.router.lifespan_context
         app.router.lifespan_context = lambda _: lifespan(inner)  # type: ignore[assignment]
@@ -51,7 +66,7 @@ def create_app(
 
 
 def _routes(served: Served) -> list[BaseRoute]:
-    monitoring = Monitoring(served)
+    monitoring, models = Monitoring(served), Models(served)
     return [
         Route("/predict", json_endpoint(served, post_predict), methods=["POST"]),
         Route(
@@ -59,17 +74,42 @@ def _routes(served: Served) -> list[BaseRoute]:
             json_endpoint(served, post_completions, like_openai=True),
             methods=["POST"],
         ),
+        Route(
+            "/v1/chat/completions",
+            json_endpoint(served, post_chat_completions, like_openai=True),
+            methods=["POST"],
+        ),
+        Route(
+            "/v1/embeddings",
+            json_endpoint(served, post_embeddings, like_openai=True),
+            methods=["POST"],
+        ),
+        Route(
+            "/v1/load_lora_adapter",
+            json_endpoint(served, post_load_lora_adapter, like_openai=True),
+            methods=["POST"],
+        ),
+        Route(
+            "/v1/unload_lora_adapter",
+            json_endpoint(served, post_unload_lora_adapter, like_openai=True),
+            methods=["POST"],
+        ),
+        Route("/v1/models", models.get_models),
+        Route("/v1/models/{id:path}", models.get_model),
         Route("/health", monitoring.get_health),
         Route("/metrics", monitoring.get_metrics),
+        Route("/metrics/prometheus", monitoring.get_prometheus),
         Route("/livez", monitoring.get_livez),
         Route("/readyz", monitoring.get_readyz),
+        *docs_routes(served),
     ]
 
 
 async def _failed(request: Request, exc: Exception) -> Response:
+    path = route_path(request.scope)[:200]
     if isinstance(exc, HTTPException) and exc.status_code == 404 and exc.detail == "Not Found":
-        exc = HTTPException(404, f"there is no {request.url.path} here: see /docs")
+        exc = HTTPException(404, f"there is no {path} here")
     elif isinstance(exc, HTTPException) and exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "another method")
-        exc = HTTPException(405, f"{request.url.path} answers {allowed}", exc.headers)
-    return error_response(exc, like_openai="/v1/" in request.url.path)
+        exc = HTTPException(405, f"{path} answers {allowed}", exc.headers)
+    return error_response(exc, like_openai=speaks_openai(request.scope))

@@ -1,55 +1,89 @@
-"""Request bodies: JSON objects of bounded size, read from clients that are not trusted."""
+"""Request bodies: JSON objects of bounded size, read from clients that are not trusted.
+
+Measured, for 4 MiB: one long text takes 10 ms, a list of a million numbers 60 ms, a body made to be
+slow (a million empty lists) half a second. A thread would not help: no parser lets go of Python's
+lock. `max_body_bytes` and the limits of each client bound it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from typing import Any, NoReturn
+from typing import Any
 
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+
+READ_TIMEOUT_S = 60.0
+"""For a whole body to arrive: a client that crawls gives its place back."""
+
+_DIGITS_AS_0 = bytes.maketrans(b"123456789E", b"000000000e")
+_OVER_RANGE = (b"0e000", b"0e+000", b"0" * 209)
+"""With digits as 0: a number of 1e308 and over holds one of these, for 208 digits and e99 do not
+reach that far."""
 
 
 async def read_json_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """Read and parse the body of a request.
 
     Raises:
-        HTTPException: 415 not JSON, 413 larger than `max_bytes`, 400 malformed JSON or UTF-8.
+        HTTPException: 415 not JSON, 413 larger than `max_bytes`, 408 too slow, 400 malformed JSON
+            or UTF-8.
         ClientDisconnect: the client left.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    headers = request.headers
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, "send JSON: the Content-Type must be application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get("content-encoding", "identity").lower() != "identity":
         raise HTTPException(415, "send the body without a Content-Encoding")
-    return parse_json_object(await _read(request, max_bytes))
+    if _declares_more(headers.get("content-length", ""), max_bytes):
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            body = await _read(request, max_bytes)
+    except TimeoutError as exc:
+        raise HTTPException(
+            408, f"the body did not arrive within {READ_TIMEOUT_S:g} s", {"Connection": "close"}
+        ) from exc
+    return parse_json_object(body)
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+def _declares_more(content_length: str, max_bytes: int) -> bool:
+    if not (content_length.isascii() and content_length.isdigit()):
+        return False  # absent; the server refuses what is no number
+    return len(content_length) > 20 or int(content_length) > max_bytes
+
+
+async def _read(request: Request, max_bytes: int) -> bytearray:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > max_bytes:  # counted while reading: Content-Length may lie or be absent
-            raise HTTPException(413, f"the body is over {max_bytes} bytes", {"Connection": "close"})
-    return bytes(body)
+        if len(body) > max_bytes:  # counted while reading too: a chunked body declares nothing
+            raise _too_large(max_bytes)
+    return body
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
+def _too_large(max_bytes: int) -> HTTPException:
+    # The rest of the body will not be read, so no other request can follow it.
+    return HTTPException(413, f"the body is over {max_bytes} bytes", {"Connection": "close"})
+
+
+def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
     """Parse strictly: UTF-8, finite numbers, no lone surrogates, an object at the top.
+
+    Nesting is limited to 200 levels and integers to 4300 digits. Of a name that comes twice in one
+    object the last counts, as in every JSON library that a client may use.
 
     Raises:
         HTTPException: 400 with what is wrong.
     """
     try:
-        parsed = json.loads(
-            body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite
-        )
-        if b"\\u" in body:
-            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-    except UnicodeError as exc:
-        raise HTTPException(400, "the body is not valid UTF-8 text") from exc
-    except RecursionError as exc:
-        raise HTTPException(400, "the body is nested too deeply") from exc
+        parsed = from_json(body, allow_inf_nan=False, cache_strings="keys")
+        if _may_overflow(body):
+            json.loads(body, parse_float=_finite)
     except ValueError as exc:
         raise HTTPException(400, f"the body is not valid JSON: {exc}") from exc
     if not isinstance(parsed, dict):
@@ -57,12 +91,14 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+def _may_overflow(body: bytes | bytearray) -> bool:
+    """Whether a number may be too large for a float, which the parser makes infinite."""
+    shape = body.translate(_DIGITS_AS_0)
+    return any(part in shape for part in _OVER_RANGE)
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is out of range")
+        raise ValueError(f"{text[:40]} is out of range")
     return value

@@ -1,71 +1,36 @@
 """`POST /v1/completions`: OpenAI's text completions over a `TextRunner`.
 
-    body -> `parse_completion` -> CompletionRequest -> RunnerHost -> JSON, or events of JSON
-
-`model` names the base model or one of its adapters. Fields that this service does not have are
-refused by name, not ignored; a field that is null is a field left out. The one exception is `user`,
-which says who asked and changes no answer: it is accepted and not used.
+A prompt is a text or token ids; a list of prompts is a generation for each, and choice k of prompt
+i has the index i * n + k.
 """
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from mlops.engine import BASE_NAME
-from mlops.errors import AdapterNotFoundError, InvalidRequestError
-from mlops.serving.http.errors import log_failure, openai_describe
-from mlops.serving.http.host import TextStream
-from mlops.serving.http.records import record_of
-from mlops.serving.http.served import Served
-from mlops.serving.http.sse import DONE, EventStream
-from mlops.serving.http.waiting import disconnection
-from mlops.serving.runner.base import Prediction, TextChunk
-
-DEFAULT_MAX_TOKENS = 16
-DEFAULT_TEMPERATURE = 1.0
-RUNNER_FIELDS = (
-    "prompt",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "n",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
+from mlops.engine.fields import invalid
+from mlops.serving.http.host import RunnerHost
+from mlops.serving.http.openai_logprobs import CompletionLogprobs
+from mlops.serving.http.openai_text import (
+    TextForm,
+    TextQuestion,
+    answer_text,
+    as_json,
+    common_fields,
+    includes_usage,
 )
-"""Fields that the runner takes, and checks, as they are."""
-
-FIELDS = ("model", *RUNNER_FIELDS, "stream", "stream_options", "user")
-
-
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A checked body.
-
-    Attributes:
-        model: as the client said it; the answer repeats it.
-        fields: what the runner is asked.
-        stream: whether the answer comes in events.
-        include_usage: whether a stream ends with the number of tokens.
-    """
-
-    model: str
-    fields: Mapping[str, Any]
-    stream: bool = False
-    include_usage: bool = False
+from mlops.serving.http.schemas import MAX_PROMPTS, CompletionBody, parse
+from mlops.serving.http.served import Served
+from mlops.serving.runner.base import TextChunk
 
 
-def parse_completion(body: Mapping[str, Any], base_names: Collection[str]) -> CompletionRequest:
+def parse_completion(body: Mapping[str, Any], base_names: frozenset[str]) -> TextQuestion:
     """Check what the runner does not.
 
     Args:
@@ -75,159 +40,81 @@ def parse_completion(body: Mapping[str, Any], base_names: Collection[str]) -> Co
     Raises:
         InvalidRequestError: names the field.
     """
-    given = {name: value for name, value in body.items() if value is not None}
-    for name in given:
-        if name not in FIELDS:
-            raise InvalidRequestError(
-                f"unknown field {name[:64]!r}; allowed are {', '.join(FIELDS)}", name[:64]
-            )
-    model = given.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequestError("model must name the model or one of its adapters", "model")
-    if "prompt" not in given:
-        raise InvalidRequestError("prompt must be a text or a list of token ids", "prompt")
-    if not isinstance(given.get("user", ""), str):
-        raise InvalidRequestError("user must be a text", "user")
-    stream = given.get("stream", False)
-    if not isinstance(stream, bool):
-        raise InvalidRequestError("stream must be true or false", "stream")
-    fields = {
-        "max_tokens": DEFAULT_MAX_TOKENS,
-        "temperature": DEFAULT_TEMPERATURE,
-        **{name: given[name] for name in RUNNER_FIELDS if name in given},
-        **_adapter_of(model, base_names),
-    }
-    return CompletionRequest(model, fields, stream, _include_usage(given, stream))
+    asked = parse(CompletionBody, body)
+    fields = common_fields(asked, base_names)
+    fields["max_tokens"] = asked.max_tokens
+    if asked.logprobs is not None:
+        fields["logprobs"] = asked.logprobs
+    prompts = _split(asked.prompt)
+    several = [{**fields, "prompt": prompt} for prompt in prompts]
+    return TextQuestion(
+        asked.model,
+        several[0] if len(several) == 1 else several,
+        bool(asked.stream),
+        includes_usage(asked),
+    )
 
 
 async def post_completions(served: Served, request: Request, body: dict[str, Any]) -> Response:
     """The endpoint."""
-    asked = parse_completion(body, served.info.model_names)
-    disconnected = disconnection(request.receive)
-    form = CompletionAnswer(asked.model)
-    try:
-        if not asked.stream:
-            prediction = await served.host.predict(asked.fields, disconnected, text_only=True)
-            record_of(request.scope).note(prediction)
-            return JSONResponse(form.whole(prediction))
-        stream = await served.host.stream(asked.fields, disconnected)
-    except AdapterNotFoundError as exc:
-        raise unknown_model(exc, asked.model) from exc
-    return EventStream(
-        form.events(stream, asked.include_usage),
-        release=stream.cancel,
-        deadline_s=stream.deadline_s,
-    )
+    question = parse_completion(body, served.info.model_names)
+    form = CompletionForm(question.model, served.host)
+    return await answer_text(served, request, body, question, form)
 
 
-@dataclass(frozen=True)
-class CompletionAnswer:
-    """The form of one request's answers: what all of them have in common."""
+class CompletionForm(TextForm):
+    """See `TextForm`."""
 
-    model: str
-    identifier: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    id_prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
 
-    def whole(self, prediction: Prediction) -> dict[str, Any]:
-        """The answer to a request without `stream`."""
-        choices = prediction.get("choices") or [
-            {
-                "index": 0,
-                "text": prediction["prediction"],
-                "finish_reason": prediction["finish_reason"],
-            }
-        ]
+    def __init__(self, model: str, host: RunnerHost) -> None:
+        super().__init__(model, host)
+        self._logprobs: defaultdict[int, CompletionLogprobs] = defaultdict(
+            lambda: CompletionLogprobs(self._token_bytes)
+        )
+
+    def whole_choice(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice of an answer in one piece."""
+        text, told = choice["text"], choice.get("logprobs")
         return {
-            **self._head,
-            "choices": [
-                {
-                    "index": choice["index"],
-                    "text": choice["text"],
-                    "logprobs": None,
-                    "finish_reason": choice["finish_reason"],
-                }
-                for choice in choices
-            ],
-            "usage": _usage(prediction["usage"]),
+            "index": choice["index"],
+            "text": text,
+            "logprobs": None if told is None else self._logprobs[choice["index"]].add(told, text),
+            "finish_reason": choice["finish_reason"],
         }
 
-    async def events(self, stream: TextStream, include_usage: bool) -> AsyncGenerator[bytes, None]:
-        """The answer to a request with `stream`: an event for each chunk, then `[DONE]`.
-
-        An error ends it with an event that has `error` and nothing else, and without `[DONE]`.
-        """
-        # An event is made for every token of every client, so only what differs is encoded.
-        head = f"data: {json.dumps(self._head)[:-1]}"
-        end = ', "usage": null}\n\n' if include_usage else "}\n\n"
-        try:
-            async for chunk in stream.chunks():
-                if chunk.text or chunk.finish_reason:
-                    yield f'{head}, "choices": [{_choice(chunk)}]{end}'.encode("ascii")
-            last = DONE
-            if include_usage:
-                usage = json.dumps(_usage((await stream.prediction())["usage"]))
-                last = f'{head}, "choices": [], "usage": {usage}}}\n\n'.encode("ascii") + DONE
-        except Exception as exc:  # the status has been sent: told in the stream
-            log_failure(exc)
-            last = f"data: {json.dumps(openai_describe(exc))}\n\n".encode("ascii")
-        yield last
-
-    @property
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self.identifier,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-        }
+    def chunk_choices(self, chunk: TextChunk) -> Sequence[str]:
+        """A chunk as the JSON texts of its choices."""
+        told = "null"
+        if chunk.logprobs:
+            told = json.dumps(self._logprobs[chunk.index].add(chunk.logprobs, chunk.text))
+        elif not chunk.text and not chunk.finish_reason:
+            return ()
+        return (
+            f'{{"index": {chunk.index}, "text": {json.dumps(chunk.text)}, "logprobs": {told}, '
+            f'"finish_reason": {as_json(chunk.finish_reason)}}}',
+        )
 
 
-def unknown_model(exc: AdapterNotFoundError, model: str) -> AdapterNotFoundError:
-    """The runner's error about an adapter in the words of a client that asked for a model."""
-    return AdapterNotFoundError(f"the model {model[:80]!r} does not exist: {exc}")
+def _split(prompt: Any) -> list[Any]:
+    """The prompts of a request, each a text or a list of token ids; the engine looks into them.
 
-
-def _choice(chunk: TextChunk) -> str:
-    reason = f'"{chunk.finish_reason}"' if chunk.finish_reason else "null"
-    return (
-        f'{{"index": {chunk.index}, "text": {json.dumps(chunk.text)}, "logprobs": null, '
-        f'"finish_reason": {reason}}}'
+    Raises:
+        InvalidRequestError: it is neither, and no list of either.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if isinstance(prompt[0], int):
+            return [prompt]
+        kind = type(prompt[0])
+        if (
+            kind in (str, list)
+            and len(prompt) <= MAX_PROMPTS
+            and all(isinstance(one, kind) for one in prompt)
+        ):
+            return prompt
+    raise invalid(
+        "prompt", prompt, f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"
     )
-
-
-def _usage(counted: Mapping[str, Any]) -> dict[str, Any]:
-    """The runner's `usage` in OpenAI's form."""
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage = {name: counted[name] for name in names}
-    if "cached_tokens" in counted:
-        usage["prompt_tokens_details"] = {"cached_tokens": counted["cached_tokens"]}
-    return usage
-
-
-def _adapter_of(model: str, base_names: Collection[str]) -> dict[str, str]:
-    """The runner's field `adapter`, left out where the service's own default is meant."""
-    if model in base_names:
-        return {}
-    for name in sorted((BASE_NAME, *base_names), key=len, reverse=True):  # a tag has a colon too
-        adapter = model.removeprefix(f"{name}:")
-        if adapter and adapter != model:
-            return {"adapter": adapter}
-    return {"adapter": model}
-
-
-def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
-    options = given.get("stream_options")
-    if options is None:
-        return False
-    if not stream:
-        raise InvalidRequestError("stream_options goes with stream: true only", "stream_options")
-    if not isinstance(options, Mapping) or set(options) - {"include_usage"}:
-        raise InvalidRequestError(
-            "stream_options must be an object with include_usage and nothing else", "stream_options"
-        )
-    include_usage = options.get("include_usage")
-    if include_usage is not None and not isinstance(include_usage, bool):
-        raise InvalidRequestError(
-            "stream_options.include_usage must be true or false", "stream_options.include_usage"
-        )
-    return bool(include_usage)

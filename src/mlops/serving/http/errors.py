@@ -2,8 +2,8 @@
 
 Every failure leaves the service as `{"error": {"type": …, "message": …}}`; `field` names the wrong
 field of a request. Paths below `/v1/` speak as OpenAI's API does: the error has `message`, `type`,
-`param` and `code`, and a wrong field is a 400. A status of 500 says nothing of the inside: the log
-has the details.
+`param` and `code`, and a wrong field is a 400. Only errors that are written for clients are told in
+their own words. Of any other, which may hold paths and more of the inside, the log has the details.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlops import errors
+from mlops.serving.http.paths import speaks_openai
+from mlops.serving.http.records import record_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,55 @@ STATUS: dict[type[errors.MLOpsError], int] = {
 }
 
 
+FOR_CLIENTS = (
+    errors.InvalidRequestError,
+    errors.AdapterNotFoundError,
+    errors.QueueFullError,
+    errors.EngineShutdownError,
+    errors.DeadlineExceededError,
+)
+"""What is told in its own words."""
+
+CLIENT_LEFT = 499
+RETRY_AFTER_S = 1.0
+"""After a 503: another replica, or this one when its model is loaded."""
+
+
+class Failures:
+    """ASGI middleware: what is raised behind it is answered, as long as no answer has begun.
+
+    What comes later is raised on, and the server closes the connection: half an answer must not
+    look like a whole one.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as exc:
+            if has_begun:
+                raise
+            record_of(scope).error = type(exc).__name__
+            response: Response
+            if isinstance(exc, ClientDisconnect):
+                response = Response(status_code=CLIENT_LEFT)
+            else:
+                response = error_response(exc, like_openai=speaks_openai(scope))
+            await response(scope, receive, send)
+
+
 def status_of(exc: BaseException) -> int:
     """The status of the nearest class in the table; 500 for what the toolkit did not raise."""
     if isinstance(exc, HTTPException):
@@ -49,13 +102,11 @@ def status_of(exc: BaseException) -> int:
 def describe(exc: BaseException) -> dict[str, Any]:
     """The body of the answer to a request that failed with `exc`."""
     status = status_of(exc)
-    if isinstance(exc, HTTPException):
-        # Python 3.13 has RFC 9110's phrase for 413, earlier ones have an older.
-        phrase = "Content Too Large" if status == 413 else HTTPStatus(status).phrase
-        return {"error": {"type": phrase.title().replace(" ", ""), "message": exc.detail}}
-    if status == 500:
+    if not _is_for_clients(exc):
         message = "The service could not answer; its log says why."
-        return {"error": {"type": "InternalServerError", "message": message}}
+        return {"error": {"type": _name_of(status), "message": message}}
+    if isinstance(exc, HTTPException):
+        return {"error": {"type": _name_of(status), "message": exc.detail}}
     error: dict[str, Any] = {"type": type(exc).__name__, "message": str(exc)}
     if isinstance(exc, errors.InvalidRequestError) and exc.field:
         error["field"] = exc.field
@@ -78,7 +129,9 @@ def openai_describe(exc: BaseException) -> dict[str, Any]:
     code = None
     if isinstance(exc, errors.AdapterNotFoundError):
         param, code = "model", "model_not_found"
-    elif isinstance(exc, errors.QueueFullError):
+    elif status == 401:
+        code = "invalid_api_key"
+    elif status == 429:
         kind, code = "rate_limit_error", "rate_limit_exceeded"
     message = describe(exc)["error"]["message"]
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -90,6 +143,8 @@ def error_response(exc: BaseException, *, like_openai: bool = False) -> JSONResp
     headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
     if isinstance(exc, errors.QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(exc.retry_after_s)))
+    elif status_of(exc) == 503:
+        headers.setdefault("Retry-After", str(math.ceil(RETRY_AFTER_S)))
     if like_openai:
         return JSONResponse(openai_describe(exc), openai_status_of(exc), headers)
     return JSONResponse(describe(exc), status_of(exc), headers)
@@ -97,5 +152,21 @@ def error_response(exc: BaseException, *, like_openai: bool = False) -> JSONResp
 
 def log_failure(exc: BaseException) -> None:
     """Log what is no client's mistake and what clients are not told."""
-    if status_of(exc) == 500:
+    if not _is_for_clients(exc):
         logger.error("a request failed", exc_info=exc)
+
+
+def _is_for_clients(exc: BaseException) -> bool:
+    if isinstance(exc, HTTPException):
+        return exc.status_code != 500
+    return isinstance(exc, FOR_CLIENTS)
+
+
+def _name_of(status: int) -> str:
+    """The phrase of a status as one word; "Error" for one that has none."""
+    if status == 413:
+        return "ContentTooLarge"  # earlier Pythons than 3.13 have an older phrase
+    try:
+        return HTTPStatus(status).phrase.title().replace(" ", "")
+    except ValueError:
+        return "Error"

@@ -15,20 +15,26 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
 from mlops.engine import to_exception
 from mlops.errors import EngineShutdownError, MLOpsError, QueueFullError
 from mlops.serving.http.batcher import Batcher, Pending
-from mlops.serving.http.waiting import Disconnected, while_wanted
+from mlops.serving.http.several import Several
+from mlops.serving.http.waiting import Disconnected, UnderWay, shutting_down, while_wanted
 from mlops.serving.runner.base import Generating, Prediction, Runner, TextChunk, TextRunner
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""A request's fields, as the runner takes them; or those of several that are answered as one."""
 
 
 class Status(enum.StrEnum):
@@ -40,25 +46,37 @@ class Status(enum.StrEnum):
     UNHEALTHY = "unhealthy"
 
 
-@dataclass
+@dataclass(eq=False)
 class TextStream:
     """A request under way whose first chunk is there.
 
     Attributes:
         deadline_s: of `time.monotonic()`; the request's time.
+        under_way: it is one of these; `ended` is its mark there.
     """
 
     generating: Generating
     first: TextChunk | None
     rest: AsyncIterator[TextChunk]
     deadline_s: float
+    under_way: UnderWay
+    ended: asyncio.Future[None]
+
+    def __post_init__(self) -> None:
+        self.ended.add_done_callback(lambda _: self.generating.cancel())
 
     async def chunks(self) -> AsyncIterator[TextChunk]:
         """All chunks; raises the request's error."""
-        if self.first is not None:
-            yield self.first
+        last = self.first
+        if last is not None:
+            yield last
         async for chunk in self.rest:
+            if self._is_cut_off(chunk):
+                raise shutting_down()
+            last = chunk
             yield chunk
+        if self._is_cut_off(last):
+            raise shutting_down()
 
     async def prediction(self) -> Prediction:
         """The whole answer, once the chunks have ended."""
@@ -66,7 +84,13 @@ class TextStream:
 
     def cancel(self) -> None:
         """End the generation, wherever it is."""
+        self.under_way.end(self.ended)
         self.generating.cancel()
+
+    def _is_cut_off(self, last: TextChunk | None) -> bool:
+        """Whether this is the last chunk because the service shuts down."""
+        reason = last.finish_reason if last else None
+        return self.under_way.is_over and reason in {None, "cancelled"}
 
 
 class RunnerHost:
@@ -109,6 +133,7 @@ class RunnerHost:
         self.text_runner: TextRunner | None = None
         self.batcher: Batcher | None = None
         self.failure: Exception | None = None
+        self._under_way = UnderWay()
         self.is_draining = False  # new clients should go elsewhere: `/readyz` says so
 
     @property
@@ -131,8 +156,17 @@ class RunnerHost:
                 return
             self._status = Status.LOADING
             self.failure = None
+            self._under_way = UnderWay()
+            self.is_draining = False
             self._loading_ended = _running_future()
         threading.Thread(target=self._load, name="mlops-load", daemon=True).start()
+
+    def end_requests(self) -> None:
+        """End what is being answered, and what comes later, with `EngineShutdownError`.
+
+        Called in the event loop when a service has given its requests the time it has.
+        """
+        self._under_way.end_all()
 
     def stop(self) -> None:
         """Refuse what waits, end what runs, unload. Does nothing when stopped."""
@@ -187,7 +221,7 @@ class RunnerHost:
 
     async def predict(
         self,
-        input_data: Mapping[str, Any],
+        input_data: Inputs,
         disconnected: Disconnected | None = None,
         *,
         text_only: bool = False,
@@ -195,13 +229,13 @@ class RunnerHost:
         """Answer one request.
 
         Args:
-            input_data: the request's fields, as the runner takes them.
+            input_data: what is asked; several requests of a model that generates text only.
             disconnected: an async function that returns when the client has left.
             text_only: refuse it when the model does not generate text.
 
         Raises:
             HTTPException: 404, the model does not generate text.
-            EngineShutdownError: no model is loaded, and none is being loaded.
+            EngineShutdownError: no model is loaded, and none is being loaded; or the service ends.
             QueueFullError: too many requests wait.
             DeadlineExceededError: `timeout_s` is over; the work is given up.
             ClientDisconnect: the client has left; the work is given up.
@@ -210,14 +244,39 @@ class RunnerHost:
 
         async def answer() -> Prediction:
             await self._wait_for_model()
-            if text_only or self.text_runner is not None:
+            if text_only or self.text_runner or not isinstance(input_data, Mapping):
                 return await self._generate(input_data, deadline_s)
             return await self._ask_in_batch(input_data, deadline_s)
 
-        return await while_wanted(answer(), disconnected, deadline_s)
+        return await while_wanted(answer(), disconnected, deadline_s, self._under_way)
+
+    async def ask(
+        self,
+        work: Callable[[Runner, float], Coroutine[Any, Any, Result]],
+        disconnected: Disconnected | None = None,
+    ) -> Result:
+        """Do something else with the runner, once its model is loaded.
+
+        Args:
+            work: gets the runner, and the deadline of `time.monotonic()`; cleans up after itself
+                when it is cancelled.
+            disconnected: an async function that returns when the client has left.
+
+        Raises:
+            MLOpsError, ClientDisconnect: as `predict`, and what the work raises.
+        """
+        deadline_s = time.monotonic() + self.timeout_s
+
+        async def answer() -> Result:
+            await self._wait_for_model()
+            if self.runner is None:
+                raise self._not_ready()
+            return await work(self.runner, deadline_s)
+
+        return await while_wanted(answer(), disconnected, deadline_s, self._under_way)
 
     async def stream(
-        self, input_data: Mapping[str, Any], disconnected: Disconnected | None = None
+        self, input_data: Inputs, disconnected: Disconnected | None = None
     ) -> TextStream:
         """Begin to answer one request and wait for its first chunk.
 
@@ -236,21 +295,26 @@ class RunnerHost:
             generating = self._begin(input_data, deadline_s)
             begun.append(generating)
             chunks = generating.chunks()
-            return TextStream(generating, await anext(chunks, None), chunks, deadline_s)
+            first = await anext(chunks, None)
+            under_way = self._under_way
+            ended = under_way.begin()
+            return TextStream(generating, first, chunks, deadline_s, under_way, ended)
 
         try:
-            return await while_wanted(begin(), disconnected, deadline_s)
+            return await while_wanted(begin(), disconnected, deadline_s, self._under_way)
         except BaseException:
             for generating in begun:
                 generating.cancel()
             raise
 
-    def _begin(self, input_data: Mapping[str, Any], deadline_s: float) -> Generating:
+    def _begin(self, input_data: Inputs, deadline_s: float) -> Generating:
         if self.text_runner is None:
             raise HTTPException(404, "this service's model does not generate text")
+        if not isinstance(input_data, Mapping):
+            return Several.begin(self.text_runner, input_data, deadline_s)
         return self.text_runner.generate(input_data, deadline_s=deadline_s)
 
-    async def _generate(self, input_data: Mapping[str, Any], deadline_s: float) -> Prediction:
+    async def _generate(self, input_data: Inputs, deadline_s: float) -> Prediction:
         generating = self._begin(input_data, deadline_s)
         try:
             return await generating.prediction()

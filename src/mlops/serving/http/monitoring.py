@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from mlops.errors import MLOpsError
 from mlops.serving.http.errors import describe
 from mlops.serving.http.host import Status
+from mlops.serving.http.prometheus import Metrics, wants_prometheus
 from mlops.serving.http.served import Served
 
 _NO_MEMORY = {
@@ -58,13 +59,16 @@ class Monitoring:
             **await self._further_facts(),
         }
         if (failure := served.host.failure) is not None:
-            body |= _told(failure)
+            # With keys the service is for strangers too, and this route is open to them.
+            body |= describe(failure) if served.settings.api_keys else _told(failure)
         return JSONResponse(body, 200 if status is Status.HEALTHY else 503)
 
     async def get_metrics(self, request: Request) -> Response:
-        served = self._served
-        if not served.settings.enable_metrics:
-            raise HTTPException(404, "the metrics of this service are turned off")
+        """JSON for people and browsers, text for a client that would rather have Prometheus's."""
+        served, metrics = self._served, self._metrics()
+        accept = request.headers.get("accept", "")
+        if wants_prometheus(accept):
+            return await self._prometheus(metrics, accept)
         return JSONResponse(
             {
                 **served.info.names,
@@ -76,6 +80,20 @@ class Monitoring:
                 **self._activity(),
             }
         )
+
+    async def get_prometheus(self, request: Request) -> Response:
+        """The same numbers and more, of all workers, as Prometheus takes them."""
+        return await self._prometheus(self._metrics(), request.headers.get("accept", ""))
+
+    def _metrics(self) -> Metrics:
+        if self._served.metrics is None:
+            raise HTTPException(404, "the metrics of this service are turned off")
+        return self._served.metrics
+
+    async def _prometheus(self, metrics: Metrics, accept: str) -> Response:
+        metrics.refresh(self._served.host)
+        text, content_type = await asyncio.to_thread(metrics.render, accept)
+        return Response(text, media_type=content_type)
 
     def _activity(self) -> dict[str, Any]:
         """What runs and waits, from the batcher or from the runner that batches by itself."""
@@ -105,13 +123,14 @@ class Monitoring:
 
     async def _further_facts(self) -> Mapping[str, Any]:
         runner, info = self._served.host.runner, self._served.info
-        if self._facts is None and runner is not None:
-            facts = await asyncio.to_thread(info.facts) if info.facts else {}
-            describe_model = getattr(runner, "describe", None)
-            of_model = describe_model() if describe_model else {}
-            known = {name: value for name, value in of_model.items() if value is not None}
-            self._facts = {**facts, **known}
-        return self._facts or {}
+        if runner is None:
+            return {}
+        if self._facts is None:
+            self._facts = await asyncio.to_thread(info.facts) if info.facts else {}
+        # Asked each time: adapters come and go.
+        describe_model = getattr(runner, "describe", None)
+        of_model = describe_model() if describe_model else {}
+        return {**self._facts, **{k: value for k, value in of_model.items() if value is not None}}
 
 
 def _told(failure: Exception) -> dict[str, Any]:

@@ -65,7 +65,8 @@ async def _events(
     """An error ends the events with one that has `error` and nothing else, and no `[DONE]`."""
     try:
         async for chunk in stream.chunks():
-            yield _event(_shown(chunk))
+            if chunk.text or chunk.finish_reason or chunk.tool_calls:
+                yield _event(_shown(chunk))
         prediction = await stream.prediction()
         record.note(prediction)
         last = _event({**prediction, **names}) + DONE
@@ -80,6 +81,10 @@ def _shown(chunk: TextChunk) -> dict[str, Any]:
     shown: dict[str, Any] = {"index": chunk.index, "text": chunk.text}
     if chunk.finish_reason:
         shown["finish_reason"] = chunk.finish_reason
+    if chunk.tool_calls:
+        shown["tool_calls"] = [
+            {"name": call.name, "arguments": call.arguments} for call in chunk.tool_calls
+        ]
     return shown
 
 

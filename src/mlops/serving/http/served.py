@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -20,6 +20,11 @@ from mlops.serving.http.errors import error_response
 from mlops.serving.http.host import RunnerHost
 from mlops.serving.http.records import record_of
 from mlops.serving.http.settings import HTTPSettings
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from mlops.serving.http.prometheus import Metrics
 
 CLIENT_LEFT = 499
 
@@ -61,6 +66,8 @@ class Served:
     Attributes:
         started_s: of `time.monotonic()`.
         requests_by_status: answered so far, in this process.
+        metrics: for Prometheus; None where `settings` have them turned off.
+        tracer_provider: of OpenTelemetry, for the spans of requests; None takes the process's own.
     """
 
     host: RunnerHost
@@ -68,6 +75,8 @@ class Served:
     settings: HTTPSettings = field(default_factory=HTTPSettings)
     started_s: float = field(default_factory=time.monotonic)
     requests_by_status: Counter[int] = field(default_factory=Counter)
+    metrics: Metrics | None = None
+    tracer_provider: TracerProvider | None = None
 
 
 Endpoint = Callable[[Served, Request, dict[str, Any]], Awaitable[Response]]

@@ -174,7 +174,11 @@ class MLXModelRunner:
             adapter = self.default_adapter
         answer: Future[engine.EmbeddingResult] = Future()
         asked = _AskedEmbeddings(
-            engine.tokenize_inputs(running.loaded, inputs),
+            engine.tokenize_inputs(
+                running.loaded,
+                inputs,
+                max_prompt_tokens=self.engine_config.max_prompt_tokens,
+            ),
             None if adapter == engine.BASE_NAME else adapter,
             dimensions,
             deadline_s,

@@ -1,0 +1,172 @@
+"""What uvicorn does not bound: heads without an end, clients that send or read nothing.
+
+A worker's uvicorn makes its connections of `Connection`, and `watched` looks at all of them every
+few seconds. The limits are those of common reverse proxies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import resource
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mlops.serving.http import RunnerHost
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers, besides what one read from the socket brings."""
+
+HEAD_S = 30.0
+"""Until a connection has sent the whole head of a request that it has begun, or of its first."""
+
+STALLED_S = 60.0
+"""Until a client that reads nothing of what is waiting for it is cut off."""
+
+LAST_LOOK_S = 0.25
+"""When the service ends, for what an idle connection has sent and nobody has read yet."""
+
+MAX_OPEN_FILES = 10_240
+"""macOS allows no more by default; it gives a process 256 at first."""
+
+_LOOK_EVERY_S = 2.0
+_TOO_LARGE = json.dumps(
+    {
+        "error": {
+            "type": "RequestHeaderFieldsTooLarge",
+            "message": f"the request's line and headers are over {MAX_HEAD_BYTES} bytes",
+        }
+    }
+).encode("ascii")
+
+
+@contextlib.asynccontextmanager
+async def watched(
+    server: uvicorn.Server,
+    host: RunnerHost,
+    *,
+    head_s: float = HEAD_S,
+    stalled_s: float = STALLED_S,
+    look_every_s: float = _LOOK_EVERY_S,
+) -> AsyncIterator[None]:
+    """Bound the server's connections in this block; entered before it accepts the first."""
+    _allow_many_files()
+    if issubclass(
+        server.config.http_protocol_class, HttpToolsProtocol
+    ):  # else h11: it bounds heads
+        making: Any = functools.partial(Connection, server, host)
+        server.config.http_protocol_class = making
+    looking = asyncio.create_task(_look(server, head_s, stalled_s, look_every_s))
+    try:
+        yield
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection with bounded heads, that ends politely.
+
+    Attributes:
+        head_since_s: of `time.monotonic()`; since when the head of a request is awaited. None
+            while a request is answered, and between two, where uvicorn has a limit of its own.
+    """
+
+    def __init__(self, server: uvicorn.Server, host: RunnerHost, **options: Any) -> None:
+        super().__init__(**options)
+        self._server = server
+        self._host = host
+        self._has_got_on = False
+        self._num_idle_bytes = 0  # since the parser last had a head or a part of a body
+        self.head_since_s: float | None = time.monotonic()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self._server.should_exit:  # accepted too late for uvicorn to tell it
+            self.shutdown()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.head_since_s = time.monotonic()
+
+    def on_headers_complete(self) -> None:
+        self._has_got_on, self.head_since_s = True, None
+        super().on_headers_complete()
+        if self._host.is_draining and self.cycle is not None:
+            self.cycle.keep_alive = False  # the answer says so: the client asks elsewhere next
+
+    def on_body(self, body: bytes) -> None:
+        self._has_got_on = True
+        super().on_body(body)
+
+    def data_received(self, data: bytes) -> None:
+        self._has_got_on = False
+        super().data_received(data)
+        # The parser puts no end to a header, to their number, nor to what may surround chunks.
+        self._num_idle_bytes = 0 if self._has_got_on else self._num_idle_bytes + len(data)
+        if self._num_idle_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse_head()
+
+    def shutdown(self) -> None:
+        """Called by uvicorn when the service ends."""
+        if self._is_idle:
+            self.loop.call_later(LAST_LOOK_S, self._close_if_idle)
+        else:
+            super().shutdown()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _close_if_idle(self) -> None:
+        if self._is_idle:
+            self.transport.close()
+
+    def _refuse_head(self) -> None:
+        if self._is_idle:  # else there is, or will be, another answer
+            self.transport.write(
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                b"content-type: application/json\r\n"
+                b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(_TOO_LARGE), _TOO_LARGE)
+            )
+        self.transport.close()
+
+
+async def _look(
+    server: uvicorn.Server, head_s: float, stalled_s: float, look_every_s: float
+) -> None:
+    unread: dict[Any, tuple[int, float]] = {}  # by connection: bytes, and since when so many
+    while True:
+        await asyncio.sleep(look_every_s)
+        now, before, unread = time.monotonic(), unread, {}
+        for connection in list(server.server_state.connections):
+            transport = connection.transport
+            head_since_s = getattr(connection, "head_since_s", None)
+            if head_since_s is not None and now - head_since_s > head_s:
+                transport.close()
+            # Also of a connection that is closing: it waits for ever for its client to read.
+            if num_bytes := transport.get_write_buffer_size():
+                known = before.get(connection)
+                since = known[1] if known and known[0] == num_bytes else now
+                unread[connection] = (num_bytes, since)
+                if now - since > stalled_s:
+                    logger.warning("a client reads nothing; its connection is cut off")
+                    transport.abort()
+
+
+def _allow_many_files() -> None:
+    """Every connection is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

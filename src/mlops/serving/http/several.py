@@ -1,0 +1,130 @@
+"""Several requests that are answered as one: `/v1/completions` with a list of prompts.
+
+Each is a generation of its own. When one is refused or fails, all of them end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlops.serving.runner.base import Generating, Prediction, TextChunk, TextRunner
+
+
+class Several:
+    """See `mlops.serving.runner.base.Generating`. Choice k of request i has the index i * n + k.
+
+    Args:
+        parts: a generation for each request.
+        num_choices: of each, n.
+    """
+
+    def __init__(self, parts: Sequence[Generating], num_choices: int) -> None:
+        self._parts = parts
+        self._num_choices = num_choices
+
+    @classmethod
+    def begin(
+        cls, runner: TextRunner, inputs: Sequence[Mapping[str, Any]], deadline_s: float
+    ) -> Several:
+        """Begin to answer requests that differ in their prompts only.
+
+        Raises:
+            MLOpsError: as `TextRunner.generate`; then none of them is under way.
+        """
+        parts: list[Generating] = []
+        try:
+            for one in inputs:
+                parts.append(runner.generate(one, deadline_s=deadline_s))
+        except BaseException:
+            for part in parts:
+                part.cancel()
+            raise
+        return cls(parts, inputs[0].get("n", 1))
+
+    def cancel(self) -> None:
+        """End all of them."""
+        for part in self._parts:
+            part.cancel()
+
+    async def begun(self) -> None:
+        """Return once all of them are accepted."""
+        try:
+            for part in self._parts:
+                await part.begun()
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def chunks(self) -> AsyncIterator[TextChunk]:
+        """The pieces of all of them, each as it comes."""
+        # One that is refused is known before anything is sent of the others.
+        await self.begun()
+        # One chunk of room: what a slow reader does not take is put together by the generations.
+        ready: asyncio.Queue[TextChunk | Exception | None] = asyncio.Queue(1)
+        readers = [
+            asyncio.create_task(_read(part, number * self._num_choices, ready))
+            for number, part in enumerate(self._parts)
+        ]
+        try:
+            num_open = len(readers)
+            while num_open:
+                chunk = await ready.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                if chunk is None:
+                    num_open -= 1
+                else:
+                    yield chunk
+        finally:
+            self.cancel()
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def prediction(self) -> Prediction:
+        """All answers as the choices of one; tokens add up."""
+        await self.begun()
+        try:
+            predictions = [await part.prediction() for part in self._parts]
+        except BaseException:
+            self.cancel()
+            raise
+        usage = {
+            name: sum(one["usage"][name] for one in predictions) for name in predictions[0]["usage"]
+        }
+        choices = [
+            {**choice, "index": number * self._num_choices + choice["index"]}
+            for number, prediction in enumerate(predictions)
+            for choice in choices_of(prediction)
+        ]
+        timings = [one["timings"] for one in predictions if "timings" in one]
+        whole = {**predictions[0], "usage": usage, "choices": choices}
+        if timings:  # the first one's, until the last one's end
+            whole["timings"] = {**timings[0], "total_ms": max(one["total_ms"] for one in timings)}
+        return whole
+
+
+def choices_of(prediction: Prediction) -> list[dict[str, Any]]:
+    """Every choice of an answer, with `index`, `text` and `finish_reason`."""
+    if several := prediction.get("choices"):
+        return list(several)
+    names = ("finish_reason", "logprobs", "tool_calls")
+    of_first = {name: prediction[name] for name in names if name in prediction}
+    return [{"index": 0, "text": prediction["prediction"], **of_first}]
+
+
+async def _read(
+    part: Generating, first_index: int, ready: asyncio.Queue[TextChunk | Exception | None]
+) -> None:
+    try:
+        chunks = part.chunks()
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                await ready.put(replace(chunk, index=first_index + chunk.index))
+        await ready.put(None)
+    except Exception as exc:
+        await ready.put(exc)
