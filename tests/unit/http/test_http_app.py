@@ -17,6 +17,7 @@ from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, cr
 
 NAMES = {"service_name": "my_service", "project_name": "my_project"}
 INFO = ServiceInfo("my_service", "my_project", "lora")
+SETTINGS = HTTPSettings()
 LONG_S = 30.0
 
 
@@ -35,7 +36,7 @@ def serving() -> Iterator[Callable[..., TestClient]]:
     def serve(
         runner: EchoRunner,
         info: ServiceInfo = INFO,
-        settings: HTTPSettings = HTTPSettings(),
+        settings: HTTPSettings = SETTINGS,
         **limits: Any,
     ) -> TestClient:
         host = RunnerHost(lambda: runner, **limits)

@@ -111,7 +111,7 @@ def test_the_places_of_those_who_left_are_free(recorder: Recorder) -> None:
     batcher = Batcher(recorder, batch_limit=lambda: 1, max_latency_ms=0, max_waiting=1)
     hold(recorder, batcher)
     left = ask(batcher, "left")
-    left.abandoned.set()
+    left.is_abandoned = True
     stayed = ask(batcher, "stayed")
     recorder.gate.set()
     stayed.answer.result(LONG_S)
@@ -125,7 +125,7 @@ def test_nothing_is_computed_for_nobody(recorder: Recorder, reason: str) -> None
     hold(recorder, batcher)
     dropped = ask(batcher, "dropped", deadline_s=0 if reason == "expired" else LONG_S)
     if reason == "abandoned":
-        dropped.abandoned.set()
+        dropped.is_abandoned = True
     if reason == "cancelled":
         dropped.answer.cancel()
     last = ask(batcher, "last")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from echo_runner import EchoRunner
 from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 from text_runner import HELLO, LONG_S, ScriptedRunner
@@ -198,3 +199,12 @@ def test_metrics_of_a_text_runner(hosting: Callable[..., RunnerHost]) -> None:
     assert list(body["batches_by_size"].items()) == [("2", 3), ("10", 5)]
     assert body["engine"]["steps"] == 8
     assert body["requests_by_status"] == {"200": 1}
+
+
+def test_a_text_runner_without_its_methods_is_told(hosting: Callable[..., RunnerHost]) -> None:
+    class HalfATextRunner(EchoRunner):
+        can_generate = True
+
+    failure = hosting(HalfATextRunner).failure
+    assert isinstance(failure, ServiceError)
+    assert "HalfATextRunner.can_generate is true" in str(failure)

@@ -33,12 +33,12 @@ class Pending:
     deadline: float  # of time.monotonic()
     arrived: float = field(default_factory=time.monotonic)
     answer: Future[Prediction] = field(default_factory=Future)
-    abandoned: threading.Event = field(default_factory=threading.Event)
+    is_abandoned: bool = False
 
     @property
     def is_over(self) -> bool:
         """True when the client has left or its time is over: computing on would be for nobody."""
-        return self.abandoned.is_set() or time.monotonic() >= self.deadline
+        return self.is_abandoned or time.monotonic() >= self.deadline
 
 
 class Batcher:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from starlette.exceptions import HTTPException
 
 from mlops.engine import to_exception
-from mlops.errors import EngineShutdownError, MLOpsError, QueueFullError
+from mlops.errors import EngineShutdownError, MLOpsError, QueueFullError, ServiceError
 from mlops.serving.http.batcher import Batcher, Pending
 from mlops.serving.http.several import Several
 from mlops.serving.http.waiting import Disconnected, UnderWay, shutting_down, while_wanted
@@ -185,6 +185,7 @@ class RunnerHost:
         try:
             runner = self._make_runner()
             runner.load_model()
+            text_runner = _text_runner(runner)
         except BaseException as exc:  # kept, told, and shown by /health
             self._fail(to_exception(exc))
             return
@@ -194,9 +195,8 @@ class RunnerHost:
             else:
                 unwanted = None
                 self.runner = runner
-                if isinstance(runner, TextRunner) and runner.can_generate:
-                    self.text_runner = runner
-                else:
+                self.text_runner = text_runner
+                if text_runner is None:
                     self.batcher = self._make_batcher(runner)
                 self._status = Status.HEALTHY
                 self._end_loading()
@@ -329,7 +329,7 @@ class RunnerHost:
         try:
             return await asyncio.wrap_future(pending.answer)
         finally:
-            pending.abandoned.set()
+            pending.is_abandoned = True
 
     async def _wait_for_model(self) -> None:
         """Return once the model is loaded.
@@ -379,6 +379,23 @@ class RunnerHost:
             max_latency_ms=self._max_latency_ms,
             max_waiting=self._max_waiting,
         )
+
+
+def _text_runner(runner: Runner) -> TextRunner | None:
+    """The runner, if requests join its running batch.
+
+    Raises:
+        ServiceError: it says so, and does not have what that takes.
+    """
+    if not getattr(runner, "can_generate", False):
+        return None
+    if not isinstance(runner, TextRunner):
+        raise ServiceError(
+            f"{type(runner).__name__}.can_generate is true, and a method of "
+            "mlops.serving.runner.base.TextRunner is missing: add it, or make can_generate false",
+            "load_model",
+        )
+    return runner
 
 
 def _running_future() -> Future[None]:

@@ -82,32 +82,52 @@ async def while_wanted(
         DeadlineExceededError: the time is over.
         EngineShutdownError: all requests have been ended.
     """
-    allowed_s = deadline_s - time.monotonic()
-    try:
-        ended = under_way.begin() if under_way else None
-    except EngineShutdownError:
+    task = asyncio.current_task()
+    if task is None:
         work.close()
-        raise
-    task = asyncio.ensure_future(work)
-    tasks: set[asyncio.Future[Any]] = {task}
-    if ended is not None:
-        tasks.add(ended)
-    if disconnected:
-        tasks.add(asyncio.ensure_future(disconnected()))
+        raise RuntimeError("while_wanted is for tasks of an event loop")
+    # As in `asyncio.timeout`, the work stays in this task: a second one would cost each request
+    # more than all the rest of this.
+    num_cancelled = task.cancelling()
+    reasons: list[Exception] = []
+
+    def give_up(reason: Exception) -> None:
+        if not reasons:
+            reasons.append(reason)
+            task.cancel()
+
+    def has_left(watching: asyncio.Future[None]) -> None:
+        if not watching.cancelled() and watching.exception() is None:
+            give_up(ClientDisconnect())
+
+    def is_ended(ended: asyncio.Future[None]) -> None:
+        if not ended.cancelled():
+            give_up(shutting_down())
+
+    def is_late() -> None:
+        give_up(DeadlineExceededError(f"no answer within {round(allowed_s, 2):g} s"))
+
+    allowed_s = deadline_s - time.monotonic()
+    timer = asyncio.get_running_loop().call_later(max(0.0, allowed_s), is_late)
+    ended = watching = None
     try:
-        done, _ = await asyncio.wait(
-            tasks, timeout=max(0.0, allowed_s), return_when=asyncio.FIRST_COMPLETED
-        )
-        if task in done and not task.cancelled():
-            return task.result()
-        if ended in done:
-            raise shutting_down()
-        if done - {task}:
-            raise ClientDisconnect
-        raise DeadlineExceededError(f"no answer within {round(allowed_s, 2):g} s")
+        if under_way:
+            ended = under_way.begin()
+            ended.add_done_callback(is_ended)
+        if disconnected:
+            watching = asyncio.ensure_future(disconnected())
+            watching.add_done_callback(has_left)
+        return await work
+    except asyncio.CancelledError:
+        if reasons and task.cancelling() == num_cancelled + 1:  # nobody else cancels it as well
+            raise reasons[0] from None
+        raise
     finally:
-        if under_way and ended is not None:
+        if reasons:
+            task.uncancel()
+        work.close()  # where it was not begun
+        timer.cancel()
+        if watching:
+            watching.cancel()
+        if under_way and ended:
             under_way.end(ended)
-        for one in tasks:
-            one.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
