@@ -324,10 +324,11 @@ class RunnerHost:
     async def _ask_in_batch(self, input_data: Mapping[str, Any], deadline_s: float) -> Prediction:
         if self.batcher is None:
             raise self._not_ready()
-        pending = Pending(input_data, deadline_s)
+        answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        pending = Pending(input_data, deadline_s, answer)
         self.batcher.submit(pending)
         try:
-            return await asyncio.wrap_future(pending.answer)
+            return await answer
         finally:
             pending.is_abandoned = True
 
