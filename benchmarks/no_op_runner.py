@@ -57,6 +57,9 @@ class NoOpGenerating:
     def cancel(self) -> None:
         pass
 
+    async def begun(self) -> None:
+        """At once."""
+
     async def chunks(self) -> AsyncIterator[TextChunk]:
         for number in range(NUM_TOKENS):
             await asyncio.sleep(0)  # as an engine's step would, the others have their turn

@@ -13,6 +13,9 @@ GATE_VARIABLE = "TEST_GATE"
 PAUSE_VARIABLE = "TEST_PAUSE_S"
 """Between two tokens."""
 
+PADDING_VARIABLE = "TEST_PADDING_BYTES"
+"""What is added to the text of each token."""
+
 _SERVICE = """
 import asyncio
 import os
@@ -22,6 +25,7 @@ from mlops.serving.runner.base import TextChunk
 
 
 PAUSE_S = float(os.environ.get("TEST_PAUSE_S", "0.01"))
+PADDING = "." * int(os.environ.get("TEST_PADDING_BYTES", "0"))
 
 
 class Gated:
@@ -43,7 +47,7 @@ class Gated:
     async def chunks(self):
         number = 0
         while self.goes_on(number) and not self.is_cancelled:
-            yield TextChunk(0, f" {number}", (number,))
+            yield TextChunk(0, f" {number}{PADDING}", (number,))
             number += 1
             await asyncio.sleep(PAUSE_S)
         yield TextChunk(0, " end", (0,), "cancelled" if self.is_cancelled else "stop")

@@ -29,8 +29,8 @@ At `/docs` it has a page where each route can be tried.
 
 {introduction}
 
-With API keys, requests carry one of them: `Authorization: Bearer KEY`. Every answer has an
-`X-Request-Id`: the request's own, or a new one.
+With API keys, requests carry one of them: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+Every answer has an `X-Request-Id`: the request's own, or a new one.
 
 Contents: {contents}
 

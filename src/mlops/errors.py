@@ -9,6 +9,7 @@ MLOpsError
 │   └─ DeploymentError          a service cannot be put where it was to run
 ├─ EngineError                  text generation
 │   ├─ InvalidRequestError      a request's field is missing or out of range
+│   │   └─ PromptTooLongError   the prompt, or it and the answer, have too many tokens
 │   ├─ AdapterNotFoundError     the request names an adapter that is not there
 │   ├─ QueueFullError           too many requests are waiting
 │   ├─ EngineShutdownError      the engine is stopping or has no model loaded
@@ -89,6 +90,10 @@ class InvalidRequestError(EngineError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.field)
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt has more tokens than are allowed, or too many for the answer that is asked for."""
 
 
 class AdapterNotFoundError(EngineError):

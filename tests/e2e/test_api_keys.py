@@ -7,6 +7,9 @@ import httpx
 import pytest
 from serving_process import BENTOML, ServingProcess
 
+from mlops.cli.serve import ask as ask_from_the_command_line
+from mlops.errors import ServiceError
+
 KEY = "a-key-of-the-first-team"
 SERVICE = """
 from mlops.serving.bentoml.service import create_bentoml_service
@@ -58,12 +61,18 @@ def test_keys_under_bentoml(project: Path, tmp_path: Path) -> None:
         assert ask.get("/metrics").status_code == 401
         assert ask.post("/predict", json={"text": "a"}).status_code == 401
         keys = {"Authorization": f"Bearer {KEY}"}
-        answer = ask.post("/predict", json={"text": "a"}, headers=keys)
-        assert answer.json()["prediction"] == "a"
+        answered = ask.post("/predict", json={"text": "a"}, headers=keys)
+        assert answered.json()["prediction"] == "a"
 
         with bentoml.SyncHTTPClient(serving.url, token=KEY) as client:
             assert client.predict(text="b")["prediction"] == "b"
             client._temp_dir.cleanup()  # BentoML leaves that to the garbage collector
+
+        address = serving.url.removeprefix("http://")
+        answer = ask_from_the_command_line(address, {"text": "c"}, 60, f"{KEY}\n")
+        assert answer["prediction"] == "c"
+        with pytest.raises(ServiceError, match="--api-key or MLOPS_API_KEY"):
+            ask_from_the_command_line(serving.url, {"text": "c"}, 60)
 
         # The refusal of a body that is too large arrives, however much is sent.
         for size in (100_001, 20_000_000):

@@ -135,7 +135,9 @@ def test_the_guides_endpoints(server: ServingProcess) -> None:
 def test_bentomls_own_routes(server: ServingProcess) -> None:
     assert get(server, "/livez").status_code == 200
     assert "/predict" in get(server, "/docs.json").json()["paths"]
-    assert get(server, "/").status_code == 200
+    home = get(server, "/")
+    assert (home.status_code, home.headers["location"]) == (307, "/docs")
+    assert get(server, "/docs").status_code == 200
 
 
 def test_bentomls_own_client(server: ServingProcess) -> None:

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 from serving_process import BENTOML, LONG_S, ServingProcess
 
-from gated_service import GATE_VARIABLE, PAUSE_VARIABLE, request, write_gated_service
+from gated_service import (
+    GATE_VARIABLE,
+    PADDING_VARIABLE,
+    PAUSE_VARIABLE,
+    request,
+    write_gated_service,
+)
 
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODY = json.dumps({"prompt": "2"}).encode()
@@ -27,7 +33,8 @@ MIB = 2**20
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingProcess]:
     folder: Path = tmp_path_factory.mktemp("project")
     gate = write_gated_service(folder)
-    environment = {GATE_VARIABLE: str(gate), PAUSE_VARIABLE: "0"}
+    # With long texts, what lies between a stream and a client that does not read is soon full.
+    environment = {GATE_VARIABLE: str(gate), PAUSE_VARIABLE: "0", PADDING_VARIABLE: "2000"}
     with ServingProcess(
         [*BENTOML, "serve", "service:svc"], folder, folder / "home", **environment
     ) as server:

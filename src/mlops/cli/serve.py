@@ -26,6 +26,8 @@ PREDICT_EPILOG = """Examples:
     mlops predict "Hello" --adapter formal --json
 """
 
+KEY_VARIABLE = "MLOPS_API_KEY"
+
 _SERVICE_FILES = ("bento.yaml", "bentofile.yaml", "service.py")
 _SERVICE = """from mlops.serving.bentoml.service import create_bentoml_service
 
@@ -124,12 +126,15 @@ def predict(
     max_tokens: Annotated[int | None, typer.Option(help="The most tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is the likeliest text.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 300,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=KEY_VARIABLE, help="For a service that wants one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer.")] = False,
 ) -> None:
     """Ask a running service."""
     optional = {"adapter": adapter, "max_tokens": max_tokens, "temperature": temperature}
     given = {name: value for name, value in optional.items() if value is not None}
-    answer = ask(url, {"text": text, **given}, timeout)
+    answer = ask(url, {"text": text, **given}, timeout, api_key)
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False, indent=1))
     elif isinstance(answer["prediction"], str):
@@ -138,8 +143,13 @@ def predict(
         typer.echo(json.dumps(answer["prediction"], ensure_ascii=False))
 
 
-def ask(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+def ask(
+    url: str, body: dict[str, Any], timeout_s: float, api_key: str | None = None
+) -> dict[str, Any]:
     """Post a request to the service at `url` and return its answer.
+
+    Args:
+        url: without a scheme it is http.
 
     Raises:
         ServiceError: nothing answers there, it is no service of this kind, or it refused.
@@ -148,12 +158,18 @@ def ask(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
     from mlops.errors import ServiceError
 
+    if "://" not in url:
+        url = f"http://{url}"
     details = {"url": url}
+    key = (api_key or "").strip()
+    if not key.isprintable():  # httpx would show it
+        raise ServiceError("the API key must be one line: several are in it", "predict", details)
+    headers = {b"Authorization": f"Bearer {key}".encode()} if key else {}
     try:
         # A proxy has no business between this machine and itself.
         local = httpx.URL(url).host in {"localhost", "127.0.0.1", "::1"}
         with httpx.Client(timeout=timeout_s, trust_env=not local) as client:
-            response = client.post(f"{url.rstrip('/')}/predict", json=body)
+            response = client.post(f"{url.rstrip('/')}/predict", json=body, headers=headers)
     except httpx.ConnectError as exc:
         raise ServiceError(
             f"no service answers at {url}: start one with `mlops serve TARGET`, or give its "
@@ -180,4 +196,7 @@ def ask(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             "predict",
             details,
         ) from exc
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        reason, _, _ = reason.partition(":")
+        reason += f": give one of its keys with --api-key or {KEY_VARIABLE}"
     raise ServiceError(f"the service refused: {reason}", "predict", details)

@@ -31,6 +31,7 @@ from mlops.engine.owner import in_owner, run_in_owner, submit_to_owner, to_excep
 from mlops.engine.prompts import to_generation_request
 from mlops.engine.request import (
     BASE_NAME,
+    PROMPT_FIELDS,
     GenerationRequest,
     Sampling,
     TextRequest,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE_NAME",
+    "PROMPT_FIELDS",
     "EmbeddingRequest",
     "EmbeddingResult",
     "Engine",

@@ -8,7 +8,8 @@ else that needs MLX take turns. Each step:
 
     1. what nobody waits for any more leaves, and so does what has drawn its last token
     2. waiting requests are admitted                                            (scheduler)
-    3. prompts are computed for a budget of tokens                              (prefill)
+    3. prompts, or in turn texts for embeddings, are computed for a budget
+       of tokens                                                     (prefill, embedding)
     4. the next step of the decode batch begins                                 (rows)
     5. the tokens of the step before, meanwhile computed, become text           (sequence, text)
 
@@ -369,9 +370,9 @@ class Engine:
             # Or their clients would wait for a prompt to be computed that is not theirs.
             self._finish_step()
             self._leave()
-        self._prefill()
-        if self._embedder.num_requests or self._embedder.is_computing:
-            self._embedder.step(self._loader.can_use, self._budget - self._cost_of_rows)
+        self._embed()
+        if not self._embedder.is_computing:
+            self._prefill()
         before, self._in_flight = self._in_flight, None
         if before is not None and self._batch.is_guided:
             # What a guided row may draw depends on its token before. The device goes on meanwhile.
@@ -452,6 +453,13 @@ class Engine:
             sequence.fail((adapter and adapter.error) or EngineError("its adapter has failed"))
             self._close(sequence)
         self._embedder.fail_without_adapter(self._loader.has_failed)
+
+    def _embed(self) -> None:
+        """Texts to be made vectors and prompts take turns: a step has one budget of tokens."""
+        if self._prefilling and self._embedder.is_computing:
+            self._embedder.finish()
+        elif self._embedder.num_requests or self._embedder.is_computing:
+            self._embedder.step(self._loader.can_use, self._budget - self._cost_of_rows)
 
     def _prefill(self) -> None:
         shares = share_prefill(self._prefilling, self._prefill_tokens)

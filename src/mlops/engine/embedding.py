@@ -32,6 +32,7 @@ from mlops.errors import (
     EngineError,
     InvalidRequestError,
     MLOpsError,
+    PromptTooLongError,
     QueueFullError,
 )
 
@@ -116,7 +117,7 @@ def tokenize_inputs(
             raise invalid(name, value, "a text or token ids, as the first one is")
         ids = _tokenize(loaded, name, value)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{name} has {len(ids)} tokens; this service takes {max_prompt_tokens} at most",
                 name,
             )
@@ -139,7 +140,7 @@ def _tokenize(loaded: LoadedModel, name: str, value: Any) -> tuple[int, ...]:
     if not ids:
         raise InvalidRequestError(f"{name} has no tokens; give some text", name)
     if loaded.context_tokens is not None and len(ids) > loaded.context_tokens:
-        raise InvalidRequestError(
+        raise PromptTooLongError(
             f"{name} has {len(ids)} tokens; the model's context is {loaded.context_tokens}", name
         )
     return ids
@@ -403,14 +404,15 @@ class Embedder:
         self, pooler: Pooler, can_use: Callable[[Adapter | None], bool], free_bytes: int
     ) -> _Begun | None:
         self._is_longs_turn = not self._is_longs_turn
-        kinds = [self._begin_piece, self._begin_group]
-        for begin in kinds if self._is_longs_turn else reversed(kinds):
-            if begun := begin(pooler, can_use, free_bytes):
-                return begun
-        return None
+        if not self._is_longs_turn and (begun := self._begin_group(pooler, can_use)):
+            return begun
+        begun = self._begin_piece(pooler, can_use, free_bytes)
+        if begun is None and self._is_longs_turn:
+            begun = self._begin_group(pooler, can_use)
+        return begun
 
     def _begin_group(
-        self, pooler: Pooler, can_use: Callable[[Adapter | None], bool], _free_bytes: int
+        self, pooler: Pooler, can_use: Callable[[Adapter | None], bool]
     ) -> _Begun | None:
         texts: list[tuple[_Job, int]] = []
         longest = 0

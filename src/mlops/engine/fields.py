@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlops.errors import InvalidRequestError
@@ -82,6 +82,19 @@ def read_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     if len(value) > MAX_BIASED_TOKENS:
         raise invalid("logit_bias", value, f"an object with at most {MAX_BIASED_TOKENS} token ids")
     return tuple((_read_token_id(token), bias) for token, bias in value.items())
+
+
+def check_names(
+    name: str, given: Iterable[object], allowed: Sequence[str], where: str = ""
+) -> None:
+    """Raise `InvalidRequestError` unless these fields of the object `name` are known ones."""
+    for field in given:
+        if field not in allowed:
+            shown = str(field)[:64].encode("ascii", "backslashreplace").decode()
+            raise InvalidRequestError(
+                f"unknown field {name}.{shown}; allowed are {', '.join(allowed)}{where}",
+                f"{name}.{shown}",
+            )
 
 
 def is_encodable(text: str) -> bool:

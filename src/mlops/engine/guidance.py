@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlops.engine.response_format import FIELD
+from mlops.engine.response_format import FIELD, JSON_LAYOUT
 from mlops.errors import EngineError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ STEP_LEXER_FUEL = 100_000
 
 
 def json_grammar(schema: str) -> str:
-    """The grammar of JSON that follows a schema, without white space between its parts.
-
-    Where white space is allowed, a model may write it for ever.
+    """The grammar of JSON that follows a schema, on one line (`JSON_LAYOUT`).
 
     Raises:
         InvalidRequestError: the schema, as JSON, cannot be read.
@@ -63,7 +61,7 @@ def json_grammar(schema: str) -> str:
     from llguidance import LLMatcher
 
     try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_LAYOUT)
     except ValueError as exc:
         raise _refuse(FIELD, str(exc)) from exc
 
@@ -71,7 +69,7 @@ def json_grammar(schema: str) -> str:
 def lark_grammar(text: str) -> str:
     """The grammar of a text in llguidance's variant of Lark; `Guidance.compile` checks it.
 
-    For JSON inside it, `%json` and a schema with `"x-guidance": {"whitespace_flexible": false}`.
+    For JSON inside it, `%json` and a schema with `"x-guidance"`: `JSON_LAYOUT`.
     """
     from llguidance import LLMatcher
 
@@ -171,12 +169,17 @@ class Guide:
         """Take the next token, an end token too; True when nothing but an end token may follow.
 
         Raises:
-            EngineError: the grammar does not allow it, or following the grammar costs too much.
+            InvalidRequestError: the grammar does not allow it, or following it costs too much,
+                which shows at some token only.
         """
         # One that has failed still takes end tokens.
         if not self.matcher.consume_token(token) or self.matcher.is_error():
             reason = _shorten(self.matcher.get_error())
-            raise EngineError(f"the answer cannot follow its grammar any further: {reason}")
+            raise InvalidRequestError(
+                f"{FIELD} or tools cannot be used: the answer cannot follow its grammar any "
+                f"further: {reason}",
+                FIELD,
+            )
         return self.matcher.is_stopped()
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from mlops.engine.fields import check_flag, invalid, is_encodable, show
+from mlops.engine.fields import check_flag, check_names, invalid, is_encodable, show
 from mlops.engine.response_format import MAX_SCHEMA_BYTES, OPTIONS
 from mlops.errors import InvalidRequestError
 
@@ -135,7 +135,7 @@ def _parse_message(name: str, message: object) -> Mapping[str, Any]:
         allowed.append("tool_calls")
     if role == "tool":
         allowed.append("tool_call_id")
-    _check_fields(name, given, allowed, f" in a message of the role {role}")
+    check_names(name, given, allowed, f" in a message of the role {role}")
     parsed: dict[str, Any] = {"role": role}
     if "content" in given:
         parsed["content"] = _parse_content(f"{name}.content", given["content"])
@@ -170,7 +170,7 @@ def _parse_content(name: str, value: object) -> str:
                 f"takes, not {show(fields.get('type'))}",
                 f"{name}[{at}].type",
             )
-        _check_fields(f"{name}[{at}]", fields, ("type", "text"))
+        check_names(f"{name}[{at}]", fields, ("type", "text"))
         text = fields.get("text")
         if not isinstance(text, str):
             raise invalid(f"{name}[{at}].text", text, "a text")
@@ -180,13 +180,13 @@ def _parse_content(name: str, value: object) -> str:
 
 def _parse_call(name: str, value: object) -> dict[str, Any]:
     given = _fields(name, value, "an object with id, type and function")
-    _check_fields(name, given, ("id", "type", "function"))
+    check_names(name, given, ("id", "type", "function"))
     identifier = _parse_text(f"{name}.id", given.get("id"))
     _check_type(name, given)
     function = _fields(
         f"{name}.function", given.get("function"), "an object with name and arguments"
     )
-    _check_fields(f"{name}.function", function, ("name", "arguments"))
+    check_names(f"{name}.function", function, ("name", "arguments"))
     called = _parse_text(f"{name}.function.name", function.get("name"))
     return {
         "id": identifier,
@@ -213,11 +213,11 @@ def _parse_arguments(name: str, value: object) -> dict[str, Any]:
 
 def _parse_function(name: str, value: object) -> dict[str, Any]:
     given = _fields(name, value, "an object with type and function")
-    _check_fields(name, given, ("type", "function"))
+    check_names(name, given, ("type", "function"))
     _check_type(name, given)
     name = f"{name}.function"
     function = _fields(name, given.get("function"), "an object with name and parameters")
-    _check_fields(name, function, ("name", "description", "parameters", "strict"))
+    check_names(name, function, ("name", "description", "parameters", "strict"))
     called = function.get("name")
     if not isinstance(called, str) or not NAME.fullmatch(called):
         raise invalid(f"{name}.name", called, NAME_RULE)
@@ -251,10 +251,10 @@ def _parse_choice(value: object) -> tuple[str, str | None]:
             raise invalid("tool_choice", value, allowed)
         return value, None
     given = _fields("tool_choice", value, allowed)
-    _check_fields("tool_choice", given, ("type", "function"))
+    check_names("tool_choice", given, ("type", "function"))
     _check_type("tool_choice", given)
     function = _fields("tool_choice.function", given.get("function"), "an object with name")
-    _check_fields("tool_choice.function", function, ("name",))
+    check_names("tool_choice.function", function, ("name",))
     return "required", _parse_text("tool_choice.function.name", function.get("name"))
 
 
@@ -263,18 +263,6 @@ def _fields(name: str, value: object, allowed: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise invalid(name, value, allowed)
     return {field: one for field, one in value.items() if one is not None}
-
-
-def _check_fields(
-    name: str, given: Mapping[str, Any], allowed: Sequence[str], where: str = ""
-) -> None:
-    for field in given:
-        if field not in allowed:
-            shown = str(field)[:64].encode("ascii", "backslashreplace").decode()
-            raise InvalidRequestError(
-                f"unknown field {name}.{shown}; allowed are {', '.join(allowed)}{where}",
-                f"{name}.{shown}",
-            )
 
 
 def _check_type(name: str, given: Mapping[str, Any]) -> None:

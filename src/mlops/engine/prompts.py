@@ -10,7 +10,7 @@ from mlops.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest, TextRequ
 from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
 from mlops.engine.tool_grammar import call_grammar
 from mlops.engine.tools import ToolForm, find_form
-from mlops.errors import InvalidRequestError
+from mlops.errors import InvalidRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
     from mlops.engine.loading import LoadedModel
@@ -37,14 +37,13 @@ def to_generation_request(
             is not one of the model's, its chat template refuses the messages, it cannot call
             functions as the request wants it, or no answer can be made to follow the schema.
     """
-    if request.tools is not None:
-        _find_form(loaded.tokenizer)
+    form = None if request.tools is None else _find_form(loaded.tokenizer)
     prompt = _tokenize(loaded.tokenizer, request)
     source = request.source
     if not prompt:
         raise InvalidRequestError(f"{source} has no tokens; give some text", source)
     if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
-        raise InvalidRequestError(
+        raise PromptTooLongError(
             f"{source} has {len(prompt)} tokens; this service takes {max_prompt_tokens} at most",
             source,
         )
@@ -57,7 +56,7 @@ def to_generation_request(
     if context is not None:
         room = context - len(prompt)
         if room < 1:
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{source} has {len(prompt)} tokens; the model's context of {context} tokens must "
                 "hold it and the answer",
                 source,
@@ -65,7 +64,7 @@ def to_generation_request(
         if request.max_tokens is None:
             max_tokens = min(max_tokens, room)
         elif max_tokens > room:
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"max_tokens must be an integer from 1 to {room} for this prompt of {len(prompt)} "
                 f"tokens and the model's context of {context}, not {max_tokens}",
                 "max_tokens",
@@ -81,18 +80,18 @@ def to_generation_request(
         ignore_eos=request.ignore_eos,
         logprobs=request.logprobs,
         cache_salt=cache_salt,
-        grammar=_compile_grammar(loaded, request),
+        grammar=_compile_grammar(loaded, request, form),
     )
 
 
-def _compile_grammar(loaded: LoadedModel, request: TextRequest) -> str | None:
+def _compile_grammar(
+    loaded: LoadedModel, request: TextRequest, form: ToolForm | None
+) -> str | None:
     field, grammar = RESPONSE_FORMAT, None
     if request.json_schema is not None:
         grammar = json_grammar(request.json_schema)
-    if request.tools is not None:
-        lark = call_grammar(
-            loaded.tokenizer, _find_form(loaded.tokenizer), request.tools, request.json_schema
-        )
+    if request.tools is not None and form is not None:
+        lark = call_grammar(loaded.tokenizer, form, request.tools, request.json_schema)
         if lark is not None:
             field, grammar = "tools", lark_grammar(lark)
     if grammar is not None:

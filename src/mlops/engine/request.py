@@ -36,6 +36,8 @@ MAX_TEMPERATURE = 10.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_TOLD_LOGPROBS = 2**20
+"""Log-probabilities of one whole answer: some 150 MB while it is put together."""
 MAX_CHOICES = 16
 PROMPT_FIELDS = ("text", "input", "prompt", "messages")
 SAMPLING_FIELDS = (
@@ -230,6 +232,7 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
                 f"unknown field {show(name)}; allowed are {', '.join(FIELDS)}", str(name)[:64]
             )
     names_adapter = "adapter" in data
+    check_told_logprobs(data)
     # A field that is null is a field left out, as JSON clients mean it; but not the prompt.
     given = {k: value for k, value in data.items() if value is not None or k in PROMPT_FIELDS}
     return TextRequest(
@@ -248,6 +251,24 @@ def parse_request(data: str | Mapping[str, Any]) -> TextRequest:
         names_adapter=names_adapter,
         adapter=_parse_adapter(given.get("adapter")),
     )
+
+
+def check_told_logprobs(data: Mapping[str, Any], num_prompts: int = 1) -> None:
+    """Refuse an answer that would be too large; what is no integer, others refuse.
+
+    Raises:
+        InvalidRequestError: says how many log-probabilities there may be.
+    """
+    fields = [data.get("logprobs"), data.get("max_tokens") or DEFAULT_MAX_TOKENS, data.get("n", 1)]
+    if any(type(one) is not int for one in fields):
+        return
+    told, max_tokens, n = fields
+    if num_prompts * n * max_tokens * (told + 1) > MAX_TOLD_LOGPROBS:
+        raise InvalidRequestError(
+            f"logprobs asks for too many numbers: answers x max_tokens x (logprobs + 1) may be at "
+            f"most {MAX_TOLD_LOGPROBS}",
+            "logprobs",
+        )
 
 
 def _parse_prompt(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlops.engine.fields import check_flag, invalid, is_encodable
+from mlops.engine.fields import check_flag, check_names, invalid, is_encodable
 from mlops.errors import InvalidRequestError
 
 FIELD = "response_format"
@@ -25,6 +25,12 @@ MAX_SCHEMA_BYTES = 65536
 MAX_NAME_CHARACTERS = 64
 OPTIONS = "x-guidance"
 """Where llguidance looks for options in a schema: they are ours to set."""
+
+JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As most JSON on one line is written, the calls in templates too, so what the models have seen.
+
+Where more white space is allowed, a model may write it for ever.
+"""
 
 
 def read_response_format(value: object) -> str | None:
@@ -38,7 +44,7 @@ def read_response_format(value: object) -> str | None:
     kind = value.get("type")
     if not isinstance(kind, str) or kind not in TYPES:
         raise invalid(f"{FIELD}.type", kind, f"one of {', '.join(TYPES)}")
-    _check_names(FIELD, value, ("type", "json_schema") if kind == "json_schema" else ("type",))
+    check_names(FIELD, value, ("type", "json_schema") if kind == "json_schema" else ("type",))
     if kind == "text":
         return None
     if kind == "json_object":
@@ -78,7 +84,7 @@ def write_schema(name: str, schema: object) -> str:
 def _read_json_schema(name: str, value: object) -> str:
     if not isinstance(value, Mapping):
         raise invalid(name, value, "an object with name and schema")
-    _check_names(name, value, SCHEMA_FIELDS)
+    check_names(name, value, SCHEMA_FIELDS)
     title = value.get("name")
     if not isinstance(title, str) or not 1 <= len(title) <= MAX_NAME_CHARACTERS:
         raise invalid(f"{name}.name", title, f"a text of 1 to {MAX_NAME_CHARACTERS} characters")
@@ -88,12 +94,3 @@ def _read_json_schema(name: str, value: object) -> str:
     if value.get("strict") is not None:
         check_flag(f"{name}.strict", value["strict"])
     return write_schema(f"{name}.schema", value.get("schema"))
-
-
-def _check_names(name: str, value: Mapping[Any, Any], allowed: tuple[str, ...]) -> None:
-    for key in value:
-        if key not in allowed:
-            raise InvalidRequestError(
-                f"unknown field {name}.{str(key)[:64]}; allowed are {', '.join(allowed)}",
-                f"{name}.{str(key)[:64]}",
-            )

@@ -36,7 +36,7 @@ class EngineStatistics:
     """
 
     def __init__(self) -> None:
-        self._submit_lock = threading.Lock()
+        self._adapters_lock = threading.Lock()
         self._num_submitted = 0
         self._finished: Counter[str] = Counter()
         self._prompt_tokens = 0
@@ -54,7 +54,7 @@ class EngineStatistics:
 
     def on_submit(self, adapter: str | None) -> None:
         """A request was taken in; None is the base model."""
-        with self._submit_lock:
+        with self._adapters_lock:
             self._num_submitted += 1
             self._counters_of(adapter).submitted += 1
 
@@ -94,7 +94,8 @@ class EngineStatistics:
         self._finished[reason] += 1
         self._prompt_tokens += prompt_tokens
         self._completion_tokens += completion_tokens
-        counters = self._counters_of(adapter)
+        with self._adapters_lock:
+            counters = self._counters_of(adapter)
         counters.finished += 1
         counters.prompt_tokens += prompt_tokens
         counters.completion_tokens += completion_tokens
@@ -142,10 +143,10 @@ class EngineStatistics:
         }
 
     def _counters_of(self, adapter: str | None) -> _AdapterCounters:
+        """To be called with the lock held: two threads could both find the last name missing."""
         name = BASE_NAME if adapter is None else adapter
         counters = self._adapters.get(name)
         if counters is None:
-            # Two threads may both find it missing: `setdefault` lets one win.
             name = name if len(self._adapters) < MAX_ADAPTERS else OTHER_NAME
             counters = self._adapters.setdefault(name, _AdapterCounters())
         return counters

@@ -12,13 +12,11 @@ from typing import Any
 
 from mlops.engine.messages import Tools
 from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
-from mlops.engine.response_format import OPTIONS
+from mlops.engine.response_format import JSON_LAYOUT, OPTIONS
 from mlops.engine.tools import ToolForm
 from mlops.errors import InvalidRequestError
 
 MISTRAL_ARGUMENTS = "[ARGS]"
-JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As templates write the calls of earlier messages, so what the models have seen."""
 
 
 def call_grammar(
@@ -52,7 +50,7 @@ def call_grammar(
     if is_required:
         rules.append("start: calls")
     elif json_schema is not None:
-        schema = {**json.loads(json_schema), OPTIONS: {"whitespace_flexible": False}}
+        schema = {**json.loads(json_schema), OPTIONS: JSON_LAYOUT}
         rules += ["start: calls | answer", f"answer: %json {json.dumps(schema)}"]
     else:
         rules += _rules_of_text(tokenizer, form, tools)

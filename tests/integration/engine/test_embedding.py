@@ -157,6 +157,25 @@ def test_streams_go_on_while_thousands_of_texts_are_computed(embedder: Engine) -
     assert (counts["requests"], counts["texts"]) == (3, len(TEXTS) * 101 + 1)
 
 
+def test_prompts_and_texts_share_one_budget_of_tokens(embedder: Engine) -> None:
+    seen: list[dict[str, Any]] = []
+    release = hold_the_owner()
+    try:
+        stream = embedder.submit(GenerationRequest((1, 2), max_tokens=12, ignore_eos=True))
+        stream.future.add_done_callback(lambda _: seen.append(embedder.statistics()))
+        prompt = embedder.submit(GenerationRequest((3,) * 20 * BUDGET, max_tokens=1))
+        texts = embedder.embed(EmbeddingRequest(((5,) * BUDGET,) * 20))
+    finally:
+        release.set()
+    texts.result(TIMEOUT_S)
+    prompt.result(TIMEOUT_S)
+    stream.result(TIMEOUT_S)
+    (counts,) = seen  # when the stream ended, neither of the two was computed
+    num_tokens = counts["tokens"]["prefill"] + counts["embeddings"]["tokens"]
+    assert counts["tokens"]["prefill"] and counts["embeddings"]["tokens"]
+    assert num_tokens <= BUDGET * (counts["steps"]["decode"] + 2)
+
+
 def test_a_request_that_is_given_up_leaves(embedder: Engine) -> None:
     many = embedder.embed(EmbeddingRequest(TEXTS * 200, adapter="lora"))
     assert many.cancel()

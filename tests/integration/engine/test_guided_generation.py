@@ -199,8 +199,8 @@ def test_an_answer_that_is_cut_off_says_so(one: Engine) -> None:
 
 
 def test_the_last_token_allowed_may_complete_the_answer(one: Engine) -> None:
-    (result,) = ask_all(one, guided({"const": {"a": 1}}, max_tokens=len('{"a":1}')))
-    assert (result.text, result.finish_reason) == ('{"a":1}', "stop")
+    (result,) = ask_all(one, guided({"const": {"a": 1}}, max_tokens=len('{"a": 1}')))
+    assert (result.text, result.finish_reason) == ('{"a": 1}', "stop")
 
 
 def test_a_stop_text_ends_a_guided_answer(one: Engine) -> None:
@@ -256,7 +256,7 @@ def test_a_guide_that_fails_fails_its_own_row(one: Engine) -> None:
     (expected,) = ask_all(one, guided(SCHEMAS["records"]))
     failing = one.submit(ask(grammar=explodes, sampling=hot(1), max_tokens=900))
     other = one.submit(guided(SCHEMAS["records"]))
-    with pytest.raises(EngineError, match="cannot follow its grammar any further: .*"):
+    with pytest.raises(InvalidRequestError, match="cannot follow its grammar any further: .*"):
         failing.result(TIMEOUT_S)
     assert other.result(TIMEOUT_S).tokens == expected.tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -84,7 +85,7 @@ def test_a_reader_who_stops_ends_every_choice(runner: MLXModelRunner, n: int) ->
 
 def test_a_task_that_is_cancelled_ends_its_reading(runner: MLXModelRunner) -> None:
     async def read() -> dict[str, Any]:
-        answer = runner.generate({"prompt": "Hello", "max_tokens": 900, "n": 2})
+        answer = runner.generate({"prompt": "Hello", "max_tokens": 900, "n": 2, "ignore_eos": True})
         reading = asyncio.create_task(chunks_of(answer))
         while not runner.statistics()["running"]:
             await asyncio.sleep(0)
@@ -203,3 +204,49 @@ def test_many_requests_at_once(runner: MLXModelRunner) -> None:
 
     expected = [runner.predict(one)["prediction"] for one in fields]
     assert asyncio.run(read()) == expected
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        {"prompt": "a " * 100_000},
+        {"messages": [{"role": "user", "content": "a" * 50_001}]},
+        {"prompt": "a", "response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
+    ],
+)
+def test_what_takes_long_to_prepare_is_in_nobodys_way(
+    runner: MLXModelRunner, slow: dict[str, Any]
+) -> None:
+    may_go_on = threading.Event()
+    held = runner._tokenizing_long.submit(may_go_on.wait, LONG_S)
+
+    async def read() -> dict[str, Any]:
+        waiting = runner.generate({**slow, "max_tokens": 5})
+        quick = await runner.generate({"prompt": "Hello", "max_tokens": 5}).prediction()
+        waiting.cancel()
+        return quick
+
+    try:
+        assert asyncio.run(read())["usage"]["completion_tokens"] == 5
+        assert not held.done()
+    finally:
+        may_go_on.set()
+
+
+def test_more_choices_than_can_ever_wait_are_refused(runner: MLXModelRunner) -> None:
+    config = runner.engine_config
+    runner.engine_config = dataclasses.replace(config, max_waiting=3)
+    try:
+        with pytest.raises(InvalidRequestError, match="n must be from 1 to 3") as refused:
+            runner.predict({"text": "Hello", "n": 4})
+        assert refused.value.field == "n"
+    finally:
+        runner.engine_config = config
+
+
+def test_too_many_logprobs_of_an_answer_is_refused(runner: MLXModelRunner) -> None:
+    asked = {"text": "Hello", "n": 16, "max_tokens": 4096, "logprobs": 20}
+    with pytest.raises(InvalidRequestError, match="logprobs asks for too many") as refused:
+        runner.predict(asked)
+    assert refused.value.field == "logprobs"

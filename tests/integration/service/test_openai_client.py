@@ -47,7 +47,7 @@ class Forecast(BaseModel):
 def serving(host: RunnerHost, settings: HTTPSettings | None = None) -> Iterator[str]:
     """The address of the API, until the block ends; the host is the caller's."""
     served = Served(host, ServiceInfo(MODEL), settings or HTTPSettings(log_requests=False))
-    server = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(create_app(served), port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -69,13 +69,15 @@ def test_a_long_prompt_is_refused(text_client: TestClient) -> None:
     refused = text_client.post("/predict", json={**fits, "prompt": [5] * 9})
     assert refused.status_code == 422
     assert refused.json()["error"] == {
-        "type": "InvalidRequestError",
+        "type": "PromptTooLongError",
         "message": "prompt has 9 tokens; this service takes 8 at most",
         "field": "prompt",
     }
     body = {"model": "short_prompts", **fits, "prompt": [5] * 9}
     refused = text_client.post("/v1/completions", json=body)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "prompt")
+    assert error["code"] == "context_length_exceeded"
 
 
 def test_a_long_text_to_embed_is_refused(tmp_path: Path) -> None:
@@ -88,6 +90,7 @@ def test_a_long_text_to_embed_is_refused(tmp_path: Path) -> None:
         refused = client.post("/v1/embeddings", json={**body, "input": [[5] * 8, [5] * 9]})
     assert refused.status_code == 400
     assert "input[1] has 9 tokens; this service takes 8 at most" in refused.text
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_bentomls_own_routes_need_a_key_and_have_our_errors(

@@ -59,6 +59,12 @@ def test_an_address_that_is_none() -> None:
         ask("not an address", {"text": "a"}, 1)
 
 
+def test_a_key_of_several_lines_is_refused_and_not_shown() -> None:
+    with pytest.raises(ServiceError, match="must be one line") as caught:
+        ask("http://127.0.0.1:9", {"text": "a"}, 1, "first-secret-key\nsecond-secret-key")
+    assert "secret" not in str(caught.value)
+
+
 @bentoml.service
 class Plain:
     @bentoml.api

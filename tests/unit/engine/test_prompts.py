@@ -9,7 +9,7 @@ import pytest
 
 from mlops.engine.prompts import to_generation_request
 from mlops.engine.request import GenerationRequest, Sampling, parse_request
-from mlops.errors import InvalidRequestError
+from mlops.errors import InvalidRequestError, PromptTooLongError
 
 
 class LetterTokenizer:
@@ -124,7 +124,13 @@ def test_what_the_model_cannot_take_is_refused(data: Any, field: str, said: str)
     assert said in caught.value.message
 
 
+@pytest.mark.parametrize("data", [{"prompt": [5] * 10}, {"prompt": [5] * 4, "max_tokens": 7}])
+def test_what_does_not_fit_the_context_has_a_class_of_its_own(data: Any) -> None:
+    with pytest.raises(PromptTooLongError):
+        generation_of(data)
+
+
 def test_a_prompt_over_the_operators_limit_is_refused() -> None:
     assert generation_of({"prompt": [5] * 4}, max_prompt_tokens=4).prompt == (5, 5, 5, 5)
-    with pytest.raises(InvalidRequestError, match="messages has 5 tokens; this service takes 4"):
+    with pytest.raises(PromptTooLongError, match="messages has 5 tokens; this service takes 4"):
         generation_of({"messages": [{"role": "user", "content": "abc"}]}, max_prompt_tokens=4)

@@ -207,6 +207,7 @@ def test_nothing_else_is_loaded(
     response = load(serving(runner), path=path)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "lora_path"
+    assert response.json()["error"]["message"].startswith("lora_path must be ")
     assert str(folder.parent) not in response.text.replace(path, "")
     assert runner.adapter_names == ("made_from",)
 
@@ -228,7 +229,7 @@ def test_without_a_folder_there_is_the_store_only(folder: Path, bentoml_home: Pa
     for path in (str(folder / "formal"), "."):
         with pytest.raises(InvalidRequestError, match="must be a tag"):
             find_adapter(path, None)
-    with pytest.raises(PackagingError):
+    with pytest.raises(InvalidRequestError, match="'nothing:1.0.0' is not"):
         find_adapter("nothing:1.0.0", None)
 
 
@@ -237,7 +238,7 @@ def test_a_name_in_the_working_directory_is_not_a_tag(
 ) -> None:
     (tmp_path / "formal").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PackagingError):
+    with pytest.raises(InvalidRequestError, match="'formal' is not"):
         find_adapter("formal", None)
 
 

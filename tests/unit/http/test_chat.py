@@ -13,7 +13,12 @@ from text_service import INFO, Serve, events_of, serving_runners
 
 from mlops.engine import TokenLogprobs
 from mlops.engine.tools import ToolCall
-from mlops.errors import AdapterNotFoundError, EngineError, InvalidRequestError
+from mlops.errors import (
+    AdapterNotFoundError,
+    EngineError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
 from mlops.serving.http import HTTPSettings
 from mlops.serving.http.chat import parse_chat
 from mlops.serving.http.schemas import ChatCompletionBody
@@ -232,9 +237,10 @@ def test_a_field_that_is_wrong_is_named(serving: Serve, fields: Any, param: str)
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_the_limit_is_called_what_the_client_calls_it(serving: Serve, name: str) -> None:
-    error = InvalidRequestError("max_tokens must be an integer from 1 to 9, not 99", "max_tokens")
+    error = PromptTooLongError("max_tokens must be an integer from 1 to 9, not 99", "max_tokens")
     response = serving(ScriptedRunner(error)).post("/v1/chat/completions", json={**ASK, name: 99})
     assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
     assert response.json()["error"]["param"] == name
     assert response.json()["error"]["message"] == f"{name} must be an integer from 1 to 9, not 99"
 

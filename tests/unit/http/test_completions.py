@@ -513,7 +513,7 @@ def test_a_client_that_stays_and_does_not_read_is_given_up() -> None:
         stream = EventStream(
             events(),
             release=lambda: released.append(True),
-            deadline_s=time.monotonic() - GRACE_S + 0.05,
+            deadline_s=time.monotonic() - GRACE_S + 0.5,
         )
         connection = Connection({}, reads=5, leaves=False)
         connection.body = b""

@@ -191,7 +191,7 @@ def test_a_runner_that_gives_no_numbers(serving: Serve, vectors: Any) -> None:
 
 def test_a_request_out_of_time_is_given_up(serving: Serve) -> None:
     runner = VectorRunner(None)
-    response = serving(runner, timeout_s=0.05).post("/v1/embeddings", json=ASK)
+    response = serving(runner, timeout_s=0.5).post("/v1/embeddings", json=ASK)
     assert response.status_code == 504
     assert runner.futures[0].cancelled()
 

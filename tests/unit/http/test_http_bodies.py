@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 from typing import Any
@@ -172,3 +173,36 @@ def test_a_body_that_crawls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_client_that_leaves_while_it_sends() -> None:
     with pytest.raises(ClientDisconnect):
         Sender(b"{", None).read()
+
+
+def test_a_large_body_does_not_set_the_collector_going() -> None:
+    body = b'{"input": [' + b"[]," * 300_000 + b"[]]}"
+    phases: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        phases.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        parsed = parse_json_object(body)
+    finally:
+        gc.callbacks.remove(note)
+    assert len(parsed["input"]) == 300_001
+    assert phases.count("start") < 10  # else one for every few hundred lists
+    assert gc.isenabled()
+
+
+def test_a_large_body_with_numbers_at_the_limit() -> None:
+    numbers = b"1e307, " * 20_000
+    body = b'{"input": [' + numbers + b"1e308]}"
+    assert Sender(body).read(len(body))["input"][-1] == 1e308
+    body = b'{"input": [' + numbers + b"1e309]}"
+    with pytest.raises(HTTPException, match="1e309 is out of range"):
+        Sender(body).read(len(body))
+
+
+def test_a_body_of_too_many_lists_is_refused() -> None:
+    numbers = b'{"input": [' + b"[1, 2], " * 40 + b"[1, 2]]}"
+    assert len(Sender(numbers).read(1000)["input"]) == 41
+    with pytest.raises(HTTPException, match="more than 125 lists and objects"):
+        Sender(b'{"input": ' + b"[" * 150 + b"]" * 150 + b"}").read(1000)

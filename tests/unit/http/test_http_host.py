@@ -142,7 +142,7 @@ def test_waiting_for_the_model_is_part_of_a_requests_time(
         gate.wait(LONG_S)
         return ScriptedRunner()
 
-    host = hosting(make_runner, wait=False, timeout_s=0.05)
+    host = hosting(make_runner, wait=False, timeout_s=0.3)
     with pytest.raises(DeadlineExceededError):
         asyncio.run(host.predict(ASK))
     gate.set()

@@ -48,7 +48,9 @@ class ScriptedGenerating:
 
     async def prediction(self) -> Prediction:
         chunks = [chunk for chunk in self.pieces if isinstance(chunk, TextChunk)]
-        if not self.ended:
+        if self.cancelled.is_set():
+            chunks = chunks[: max(1, self.num_chunks)]
+        elif not self.ended:
             chunks = [chunk async for chunk in self.chunks()]
         texts: dict[int, str] = {}
         reasons: dict[int, str | None] = {}

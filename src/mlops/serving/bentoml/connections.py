@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import resource
 import time
@@ -20,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mlops.serving.http import RunnerHost
+from mlops.serving.http.errors import head_too_large
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,6 @@ MAX_OPEN_FILES = 10_240
 """macOS allows no more by default; it gives a process 256 at first."""
 
 _LOOK_EVERY_S = 2.0
-_TOO_LARGE = json.dumps(
-    {
-        "error": {
-            "type": "RequestHeaderFieldsTooLarge",
-            "message": f"the request's line and headers are over {MAX_HEAD_BYTES} bytes",
-        }
-    }
-).encode("ascii")
 
 
 @contextlib.asynccontextmanager
@@ -133,11 +125,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse_head(self) -> None:
         if self._is_idle:  # else there is, or will be, another answer
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-                b"content-type: application/json\r\n"
-                b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(_TOO_LARGE), _TOO_LARGE)
-            )
+            self.transport.write(head_too_large(MAX_HEAD_BYTES))
         self.transport.close()
 
 

@@ -29,6 +29,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlops.errors import ConfigError
+from mlops.serving.http import docs_page
 from mlops.serving.http.errors import Failures
 from mlops.serving.http.paths import route_path
 from mlops.serving.http.records import record_of
@@ -44,16 +45,7 @@ MAX_CLIENTS = 10_000
 """Clients that are remembered; a flood of addresses costs no more memory than these."""
 
 PROBES = frozenset({"/health", "/livez", "/readyz", "/healthz"})
-DOCS = frozenset(
-    {
-        "/docs",
-        "/docs.json",
-        "/openapi.json",
-        "/docs/start.js",
-        "/docs/swagger-ui.css",
-        "/docs/swagger-ui-bundle.js",
-    }
-)
+"""`/healthz` is BentoML's."""
 
 _BURST_S = 60.0
 _ROUNDING_S = 1e-6
@@ -84,7 +76,7 @@ class Access:
     """ASGI middleware: lets in who has a key and has not asked too much.
 
     Open to all, and without limits, are GET and HEAD of the probes and of the pages that describe
-    the API. These are routes of ours: what BentoML or a user adds is never open, whatever its path.
+    the API; what else BentoML or a user adds is never open.
     It raises an `HTTPException`, which `Failures` in front of it answers.
     """
 
@@ -92,7 +84,7 @@ class Access:
         self._app = app
         self._keys = Keys(settings.api_keys)
         self._limits = Limits(settings.requests_per_minute, settings.max_concurrent_requests)
-        self._open_paths = PROBES | DOCS if settings.enable_docs else PROBES
+        self._open_paths = PROBES | docs_page.PATHS if settings.enable_docs else PROBES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_open(scope):

@@ -28,6 +28,7 @@ from mlops.errors import (
     EngineShutdownError,
     InvalidRequestError,
     MLOpsError,
+    PackagingError,
 )
 from mlops.serving.http.schemas import LoadLoraAdapterBody, UnloadLoraAdapterBody, parse
 from mlops.serving.http.served import Served, ServiceInfo
@@ -119,7 +120,7 @@ def find_adapter(path: str, folder: Path | None) -> str | Path:
 
     Raises:
         InvalidRequestError: it is neither.
-        PackagingError, IntegrityError: the store has no such entry, or another one.
+        IntegrityError: the store's entry is damaged.
     """
     if len(path) > MAX_PATH_CHARACTERS or not path.isprintable():
         raise InvalidRequestError(
@@ -134,7 +135,10 @@ def find_adapter(path: str, folder: Path | None) -> str | Path:
     if reference is None:
         raise _not_allowed(path, folder)
     tag, digest = reference
-    entry = ModelStore().get(tag)
+    try:
+        entry = ModelStore().get(tag)
+    except PackagingError as exc:  # the store's own sentence is for its operator
+        raise _not_allowed(path, folder) from exc
     return f"{entry.tag}@{digest or entry.digest}"
 
 
@@ -159,7 +163,8 @@ def _find_below(folder: Path, path: str) -> Path | None:
 def _not_allowed(path: str, folder: Path | None) -> InvalidRequestError:
     below = "" if folder is None else ", or a folder below the one that the operator has allowed"
     return InvalidRequestError(
-        f"lora_path must be a tag of the model store (name:version){below}; {path[:200]!r} is not",
+        f"lora_path must be a tag that the model store has (name:version){below}; {path[:200]!r} "
+        "is not",
         "lora_path",
     )
 
@@ -191,5 +196,5 @@ def _check_enabled(served: Served) -> None:
         raise HTTPException(
             404,
             "adapters cannot be changed while this service runs; its operator may allow it with "
-            "enable_runtime_adapters",
+            "http.enable_runtime_adapters",
         )

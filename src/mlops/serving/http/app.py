@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from mlops.serving.http.access import guards
 from mlops.serving.http.adapters import post_load_lora_adapter, post_unload_lora_adapter
@@ -36,7 +36,8 @@ from mlops.serving.http.monitoring import Monitoring
 from mlops.serving.http.paths import route_path, speaks_openai
 from mlops.serving.http.predict import post_predict
 from mlops.serving.http.prometheus import Metrics
-from mlops.serving.http.served import Served, json_endpoint
+from mlops.serving.http.records import record_of
+from mlops.serving.http.served import JSONEndpoint, Served
 
 
 def create_app(
@@ -50,8 +51,10 @@ def create_app(
         inner: an app that answers the paths which are not ours, and whose lifespan is used.
     """
     served.metrics = Metrics(served.info) if served.settings.enable_metrics else None
+    routes = _routes(served)
+    served.paths = frozenset(route.path for route in routes if "{" not in route.path)
     app = Starlette(
-        routes=_routes(served),
+        routes=routes,
         middleware=[*middleware, Middleware(Front, served=served), *guards(served.settings)],
         exception_handlers={HTTPException: _failed, Exception: _failed},
     )
@@ -65,34 +68,19 @@ def create_app(
     return app
 
 
-def _routes(served: Served) -> list[BaseRoute]:
+def _routes(served: Served) -> list[Route]:
     monitoring, models = Monitoring(served), Models(served)
     return [
-        Route("/predict", json_endpoint(served, post_predict), methods=["POST"]),
-        Route(
-            "/v1/completions",
-            json_endpoint(served, post_completions, like_openai=True),
-            methods=["POST"],
-        ),
-        Route(
-            "/v1/chat/completions",
-            json_endpoint(served, post_chat_completions, like_openai=True),
-            methods=["POST"],
-        ),
-        Route(
-            "/v1/embeddings",
-            json_endpoint(served, post_embeddings, like_openai=True),
-            methods=["POST"],
-        ),
-        Route(
-            "/v1/load_lora_adapter",
-            json_endpoint(served, post_load_lora_adapter, like_openai=True),
-            methods=["POST"],
-        ),
-        Route(
-            "/v1/unload_lora_adapter",
-            json_endpoint(served, post_unload_lora_adapter, like_openai=True),
-            methods=["POST"],
+        *(
+            Route(path, JSONEndpoint(served, answer), methods=["POST"])
+            for path, answer in {
+                "/predict": post_predict,
+                "/v1/completions": post_completions,
+                "/v1/chat/completions": post_chat_completions,
+                "/v1/embeddings": post_embeddings,
+                "/v1/load_lora_adapter": post_load_lora_adapter,
+                "/v1/unload_lora_adapter": post_unload_lora_adapter,
+            }.items()
         ),
         Route("/v1/models", models.get_models),
         Route("/v1/models/{id:path}", models.get_model),
@@ -112,4 +100,5 @@ async def _failed(request: Request, exc: Exception) -> Response:
     elif isinstance(exc, HTTPException) and exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "another method")
         exc = HTTPException(405, f"{path} answers {allowed}", exc.headers)
+    record_of(request.scope).error = type(exc).__name__
     return error_response(exc, like_openai=speaks_openai(request.scope))

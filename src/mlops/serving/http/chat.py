@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from mlops.errors import InvalidRequestError
 from mlops.serving.http.host import RunnerHost
-from mlops.serving.http.openai_logprobs import chat_logprobs
+from mlops.serving.http.openai_logprobs import chat_content, chat_logprobs
 from mlops.serving.http.openai_text import (
     TextForm,
     TextQuestion,
@@ -74,7 +74,7 @@ async def post_chat_completions(served: Served, request: Request, body: dict[str
     except InvalidRequestError as exc:
         newer = "max_completion_tokens"
         if exc.field == "max_tokens" and body.get(newer) is not None:
-            raise InvalidRequestError(str(exc).replace("max_tokens", newer, 1), newer) from exc
+            raise type(exc)(str(exc).replace("max_tokens", newer, 1), newer) from exc
         raise
 
 
@@ -100,10 +100,13 @@ class ChatForm(TextForm):
         }
         if calls:
             message["tool_calls"] = [_call(call["name"], call["arguments"]) for call in calls]
+        logprobs = None
+        if told is not None:  # written token by token: see `large_json`
+            logprobs = {"content": chat_content(told, self._token_bytes), "refusal": None}
         return {
             "index": choice["index"],
             "message": message,
-            "logprobs": None if told is None else chat_logprobs(told, self._token_bytes),
+            "logprobs": logprobs,
             "finish_reason": choice["finish_reason"],
         }
 

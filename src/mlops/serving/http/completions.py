@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlops.engine.fields import invalid
+from mlops.engine.request import check_told_logprobs
 from mlops.serving.http.host import RunnerHost
 from mlops.serving.http.openai_logprobs import CompletionLogprobs
 from mlops.serving.http.openai_text import (
@@ -46,6 +47,7 @@ def parse_completion(body: Mapping[str, Any], base_names: frozenset[str]) -> Tex
     if asked.logprobs is not None:
         fields["logprobs"] = asked.logprobs
     prompts = _split(asked.prompt)
+    check_told_logprobs(fields, len(prompts))
     several = [{**fields, "prompt": prompt} for prompt in prompts]
     return TextQuestion(
         asked.model,

@@ -13,11 +13,18 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from mlops.serving.http.served import Served
 
 SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js")
+PATHS = frozenset(
+    {
+        *("/openapi.json", "/docs.json", "/docs", "/docs/start.js"),
+        *(f"/docs/{name}" for name in SWAGGER_FILES),
+    }
+)
+"""All of these routes' paths."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -59,7 +66,7 @@ _PAGE_HEADERS = {
 _FILE_HEADERS = {"Cache-Control": "public, max-age=3600", "X-Content-Type-Options": "nosniff"}
 
 
-def docs_routes(served: Served) -> list[BaseRoute]:
+def docs_routes(served: Served) -> list[Route]:
     """The routes of this module; none where the operator wants none."""
     if not served.settings.enable_docs:
         return []

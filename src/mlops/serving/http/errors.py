@@ -34,6 +34,7 @@ STATUS: dict[type[errors.MLOpsError], int] = {
     errors.DeploymentError: 500,
     errors.EngineError: 500,
     errors.InvalidRequestError: 422,
+    errors.PromptTooLongError: 422,
     errors.AdapterNotFoundError: 404,
     errors.QueueFullError: 429,
     errors.EngineShutdownError: 503,
@@ -129,6 +130,8 @@ def openai_describe(exc: BaseException) -> dict[str, Any]:
     code = None
     if isinstance(exc, errors.AdapterNotFoundError):
         param, code = "model", "model_not_found"
+    elif isinstance(exc, errors.PromptTooLongError):
+        code = "context_length_exceeded"  # clients shorten the conversation and ask again
     elif status == 401:
         code = "invalid_api_key"
     elif status == 429:
@@ -148,6 +151,17 @@ def error_response(exc: BaseException, *, like_openai: bool = False) -> JSONResp
     if like_openai:
         return JSONResponse(openai_describe(exc), openai_status_of(exc), headers)
     return JSONResponse(describe(exc), status_of(exc), headers)
+
+
+def head_too_large(max_bytes: int) -> bytes:
+    """The answer to a request whose line and headers have no end, as HTTP/1.1 on the wire."""
+    message = f"the request's line and headers are over {max_bytes} bytes"
+    body = bytes(error_response(HTTPException(431, message)).body)
+    return (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+        b"content-type: application/json\r\n"
+        b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
+    )
 
 
 def log_failure(exc: BaseException) -> None:

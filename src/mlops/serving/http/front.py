@@ -19,10 +19,11 @@ from collections.abc import AsyncIterator
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlops.serving.http.errors import STATUS
+from mlops.serving.http.errors import CLIENT_LEFT, STATUS
+from mlops.serving.http.paths import route_path
 from mlops.serving.http.records import RequestRecord
 from mlops.serving.http.request_log import RequestLog
-from mlops.serving.http.served import CLIENT_LEFT, Served
+from mlops.serving.http.served import Served
 from mlops.serving.http.tracing import Span, tracing_of
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class Front:
     def _end(self, scope: Scope, record: RequestRecord, span: Span | None) -> None:
         record.duration_s = time.monotonic() - record.started_s
         record.route = getattr(scope.get("route"), "path", record.route)
+        if record.route == "other" and (path := route_path(scope)) in self._served.paths:
+            record.route = path  # refused before it was routed
         if not record.client and (address := scope.get("client")):
             record.client = address[0]
         if record.error and record.status < 400:

@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, Response
 
 from mlops.engine import BASE_NAME
 from mlops.errors import AdapterNotFoundError
-from mlops.serving.http.errors import error_response
 from mlops.serving.http.served import Served, ServiceInfo
 
 
@@ -41,7 +40,7 @@ class Models:
         for card in self._cards():
             if card["id"] == self._canonical(name):
                 return JSONResponse(card)
-        return error_response(unknown_model(name), like_openai=True)
+        raise unknown_model(name)
 
     def _canonical(self, name: str) -> str:
         """The `id` of what a request means that gives this name as its `model`."""

@@ -6,7 +6,7 @@ A token is its text; one that is a part of a character is written byte by byte, 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlops.engine import TokenLogprobs
@@ -58,6 +58,11 @@ class CompletionLogprobs:
 
 def chat_logprobs(entries: Iterable[Any], token_bytes: TokenBytes) -> dict[str, Any]:
     """The form of `/v1/chat/completions`; `entries` as in `CompletionLogprobs.add`."""
+    return {"content": list(chat_content(entries, token_bytes)), "refusal": None}
+
+
+def chat_content(entries: Iterable[Any], token_bytes: TokenBytes) -> Iterator[dict[str, Any]]:
+    """Each token of it in turn: all of them at once may be a million objects."""
     told = [_as_entry(entry) for entry in entries]
     known = _bytes_of(told, token_bytes)
 
@@ -65,16 +70,11 @@ def chat_logprobs(entries: Iterable[Any], token_bytes: TokenBytes) -> dict[str, 
         raw = known[token]
         return {"token": _text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
 
-    return {
-        "content": [
-            {
-                **one(entry.token, entry.logprob),
-                "top_logprobs": [one(token, logprob) for token, logprob in entry.top],
-            }
-            for entry in told
-        ],
-        "refusal": None,
-    }
+    for entry in told:
+        yield {
+            **one(entry.token, entry.logprob),
+            "top_logprobs": [one(token, logprob) for token, logprob in entry.top],
+        }
 
 
 def _as_entry(entry: Any) -> TokenLogprobs:

@@ -9,12 +9,11 @@ answer: it is accepted and not used.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,33 +21,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlops.errors import AdapterNotFoundError, EngineShutdownError, InvalidRequestError
-from mlops.serving.http.errors import log_failure, openai_describe
+from mlops.serving.http.errors import openai_describe
 from mlops.serving.http.host import RunnerHost, TextStream
+from mlops.serving.http.large_json import is_large, large_response
 from mlops.serving.http.models import adapter_of, unknown_model
 from mlops.serving.http.records import RequestRecord, record_of
-from mlops.serving.http.schemas import TextBody
+from mlops.serving.http.schemas import Sampling, TextBody
 from mlops.serving.http.served import Served
 from mlops.serving.http.several import choices_of
-from mlops.serving.http.sse import DONE, EventStream
+from mlops.serving.http.sse import EventStream, stream_text
 from mlops.serving.http.waiting import disconnection
 from mlops.serving.runner.base import Prediction, TextChunk
 
-SAMPLING_FIELDS = (
-    "n",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "response_format",
-)
-"""Fields that the runner takes as they are, and that mean the same left out here and there."""
+SAMPLING_FIELDS = tuple(name for name in Sampling.model_fields if name != "stream")
+"""Fields that the runner takes as they are, and that mean the same left out here and there; but
+for the temperature, which is 1 here."""
 
 
 @dataclass(frozen=True)
@@ -125,32 +112,26 @@ class TextForm(ABC):
             "usage": _usage(prediction["usage"]),
         }
 
-    async def events(
+    def streamed(
         self, stream: TextStream, include_usage: bool, record: RequestRecord
-    ) -> AsyncGenerator[bytes, None]:
-        """The answer to a request with `stream`: events for each chunk, then `[DONE]`.
-
-        An error ends it with an event that has `error` and nothing else, and without `[DONE]`.
-        """
+    ) -> EventStream:
+        """The answer to a request with `stream`: events for each chunk, then `[DONE]`."""
         # Events are made for every token of every client: only what differs is encoded.
         common = json.dumps({**self._common, "object": self.chunk_object})
         head = f'data: {common[:-1]}, "choices": ['
         end = '], "usage": null}\n\n' if include_usage else "]}\n\n"
-        try:
-            async for chunk in stream.chunks():
-                if choices := self.chunk_choices(chunk):
-                    yield "".join([f"{head}{choice}{end}" for choice in choices]).encode("ascii")
-            prediction = await stream.prediction()
-            record.note(prediction)
-            last = DONE
-            if include_usage:
-                usage = json.dumps(_usage(prediction["usage"]))
-                last = f'{head}], "usage": {usage}}}\n\n'.encode("ascii") + DONE
-        except Exception as exc:  # the status has been sent: told in the stream
-            record.error = type(exc).__name__
-            log_failure(exc)
-            last = f"data: {json.dumps(openai_describe(exc))}\n\n".encode("ascii")
-        yield last
+
+        def of_chunk(chunk: TextChunk) -> str:
+            return "".join([f"{head}{choice}{end}" for choice in self.chunk_choices(chunk)])
+
+        def of_whole(prediction: Prediction) -> str:
+            if not include_usage:
+                return ""
+            return f'{head}], "usage": {json.dumps(_usage(prediction["usage"]))}}}\n\n'
+
+        return stream_text(
+            stream, record, of_chunk=of_chunk, of_whole=of_whole, of_error=openai_describe
+        )
 
     def _token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
         runner = self._host.text_runner
@@ -179,18 +160,13 @@ async def answer_text(
         if not question.stream:
             prediction = await served.host.predict(question.fields, disconnected, text_only=True)
             record.note(prediction)
-            if "logprobs" in prediction:  # of many choices, megabytes: not in the event loop
-                return await asyncio.to_thread(lambda: JSONResponse(form.whole(prediction)))
+            if is_large(prediction):
+                return await large_response(lambda: form.whole(prediction))
             return JSONResponse(form.whole(prediction))
         stream = await served.host.stream(question.fields, disconnected)
     except AdapterNotFoundError as exc:
         raise unknown_model(question.model, exc) from exc
-    record.streamed = True
-    return EventStream(
-        form.events(stream, question.include_usage, record),
-        release=stream.cancel,
-        deadline_s=stream.deadline_s,
-    )
+    return form.streamed(stream, question.include_usage, record)
 
 
 def as_json(reason: str | None) -> str:

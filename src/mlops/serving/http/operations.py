@@ -30,8 +30,8 @@ class Offer(enum.Enum):
 INTRODUCTION = """\
 Text generation with a base model and any number of adapters, over HTTP.
 
-Bodies are JSON. In a request, a field that is null is a field left out; a field that is not \
-listed is refused by name, never ignored.
+Bodies are JSON. In a request, a field that is null is a field left out (but for `adapter` of \
+`/predict`); a field that is not listed is refused by name, never ignored.
 
 A failure has a status of its own and a JSON body that names the field and the reason: below `/v1` \
 in the form of OpenAI's API, elsewhere `{"error": {"type", "message", …}}`. A method that is not \
@@ -160,9 +160,9 @@ _CARD = {
     "max_model_len": 1024,
 }
 _PROMETHEUS = """\
-# HELP mlops_requests_running Requests in the running batch.
-# TYPE mlops_requests_running gauge
-mlops_requests_running 3.0
+# HELP mlops_num_requests_running Requests that are being computed.
+# TYPE mlops_num_requests_running gauge
+mlops_num_requests_running 3.0
 """
 
 OPERATIONS = (

@@ -8,19 +8,18 @@ data: [DONE]
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlops.errors import InvalidRequestError
-from mlops.serving.http.errors import describe, log_failure
-from mlops.serving.http.host import TextStream
-from mlops.serving.http.records import RequestRecord, record_of
+from mlops.serving.http.errors import describe
+from mlops.serving.http.large_json import is_large, large_response
+from mlops.serving.http.records import record_of
 from mlops.serving.http.served import Served
-from mlops.serving.http.sse import DONE, EventStream
+from mlops.serving.http.sse import event, stream_text
 from mlops.serving.http.waiting import disconnection
 from mlops.serving.runner.base import Prediction, TextChunk
 
@@ -49,35 +48,23 @@ async def post_predict(served: Served, request: Request, body: dict[str, Any]) -
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequestError("stream must be true or false", "stream")
     if not stream:
-        return JSONResponse(await predict(served, body, request))
-    text_stream = await served.host.stream(body, disconnection(request.receive))
-    record.streamed = True
-    return EventStream(
-        _events(text_stream, served.info.names, record),
-        release=text_stream.cancel,
-        deadline_s=text_stream.deadline_s,
+        prediction = await predict(served, body, request)
+        if is_large(prediction):
+            return await large_response(lambda: prediction)
+        return JSONResponse(prediction)
+    names = served.info.names
+    return stream_text(
+        await served.host.stream(body, disconnection(request.receive)),
+        record,
+        of_chunk=_chunk_event,
+        of_whole=lambda prediction: event({**prediction, **names}),
+        of_error=describe,
     )
 
 
-async def _events(
-    stream: TextStream, names: Mapping[str, str], record: RequestRecord
-) -> AsyncGenerator[bytes, None]:
-    """An error ends the events with one that has `error` and nothing else, and no `[DONE]`."""
-    try:
-        async for chunk in stream.chunks():
-            if chunk.text or chunk.finish_reason or chunk.tool_calls:
-                yield _event(_shown(chunk))
-        prediction = await stream.prediction()
-        record.note(prediction)
-        last = _event({**prediction, **names}) + DONE
-    except Exception as exc:  # the status has been sent: told in the stream
-        record.error = type(exc).__name__
-        log_failure(exc)
-        last = _event(describe(exc))
-    yield last
-
-
-def _shown(chunk: TextChunk) -> dict[str, Any]:
+def _chunk_event(chunk: TextChunk) -> str:
+    if not (chunk.text or chunk.finish_reason or chunk.tool_calls):
+        return ""
     shown: dict[str, Any] = {"index": chunk.index, "text": chunk.text}
     if chunk.finish_reason:
         shown["finish_reason"] = chunk.finish_reason
@@ -85,8 +72,4 @@ def _shown(chunk: TextChunk) -> dict[str, Any]:
         shown["tool_calls"] = [
             {"name": call.name, "arguments": call.arguments} for call in chunk.tool_calls
         ]
-    return shown
-
-
-def _event(body: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, allow_nan=False)}\n\n".encode("ascii")
+    return event(shown)

@@ -40,72 +40,93 @@ _RUNNING_BY_ADAPTER = "mlops_adapter_requests_running"
 _WAITING_BY_ADAPTER = "mlops_adapter_requests_waiting"
 _MAX_RUNNING_ADAPTERS = "mlops_max_running_adapters"
 
-_ENGINE_COUNTERS = {
-    "mlops_prompt_tokens_cached": (
+
+@dataclass(frozen=True)
+class _OfEngine:
+    """A metric that the engine's statistics hold.
+
+    Attributes:
+        path: where they have it.
+        over_workers: what is told of several workers, where it is a gauge.
+    """
+
+    name: str
+    help_text: str
+    path: tuple[str, ...]
+    over_workers: str = "livesum"
+
+
+_ENGINE_COUNTERS = (
+    _OfEngine(
+        "mlops_prompt_tokens_cached",
         "Tokens of prompts that were not computed: the prefix cache had them.",
         ("tokens", "cached"),
     ),
-    "mlops_prefill_tokens": ("Tokens of prompts that were computed.", ("tokens", "prefill")),
-    "mlops_decode_steps": (
+    _OfEngine(
+        "mlops_prefill_tokens", "Tokens of prompts that were computed.", ("tokens", "prefill")
+    ),
+    _OfEngine(
+        "mlops_decode_steps",
         "Steps of the running batch; each makes one token for every row.",
         ("steps", "decode"),
     ),
-    "mlops_adapter_loads": (
+    _OfEngine(
+        "mlops_adapter_loads",
         "Adapters that were loaded into memory.",
         ("resident_adapters", "loads"),
     ),
-    "mlops_adapter_evictions": (
+    _OfEngine(
+        "mlops_adapter_evictions",
         "Adapters that left the memory for others.",
         ("resident_adapters", "evictions"),
     ),
-}
-"""Counters by name: what they are, and where the engine's statistics have them."""
+)
 
-_ENGINE_GAUGES = {
-    "mlops_max_num_seqs": ("Rows that the running batch may have.", ("max_rows",), "livesum"),
-    _MAX_RUNNING_ADAPTERS: (
+_ENGINE_GAUGES = (
+    _OfEngine("mlops_max_num_seqs", "Rows that the running batch may have.", ("max_rows",)),
+    _OfEngine(
+        _MAX_RUNNING_ADAPTERS,
         "Adapters that one worker's batch may use at a time.",
         ("max_running_adapters",),
         "livemax",
     ),
-    "mlops_kv_cache_bytes": (
+    _OfEngine(
+        "mlops_kv_cache_bytes",
         "Memory of the running requests' KV caches.",
         ("cache", "bytes"),
-        "livesum",
     ),
-    "mlops_kv_cache_budget_bytes": (
+    _OfEngine(
+        "mlops_kv_cache_budget_bytes",
         "What these caches may take at most.",
         ("cache", "budget_bytes"),
-        "livesum",
     ),
-    "mlops_prefix_cache_bytes": (
+    _OfEngine(
+        "mlops_prefix_cache_bytes",
         "Memory of what the prefix cache keeps of earlier requests.",
         ("prefix_cache", "bytes"),
-        "livesum",
     ),
-    "mlops_adapter_memory_bytes": (
+    _OfEngine(
+        "mlops_adapter_memory_bytes",
         "Memory of the adapters that are loaded.",
         ("resident_adapters", "bytes"),
-        "livesum",
     ),
-    "mlops_adapter_memory_budget_bytes": (
+    _OfEngine(
+        "mlops_adapter_memory_budget_bytes",
         "What adapters may take at most.",
         ("resident_adapters", "budget_bytes"),
-        "livesum",
     ),
-    "mlops_adapters_resident": (
+    _OfEngine(
+        "mlops_adapters_resident",
         "Adapters in memory; one that two workers hold counts twice.",
         ("resident_adapters", "resident"),
-        "livesum",
     ),
-    "mlops_adapters_registered": (
+    _OfEngine(
+        "mlops_adapters_registered",
         "Adapters that a request may name.",
         ("resident_adapters", "registered"),
         "livemax",
     ),
-}
-"""Gauges by name: what they are, where the engine's statistics have them, and what is told of
-several workers."""
+)
 
 _OPENMETRICS_KIND = "application/openmetrics-text"
 _HISTOGRAM_ORDER = ("_bucket", "_count", "_sum")
@@ -196,13 +217,11 @@ class Metrics:
         self._waiting_by_adapter = _Children(
             gauge(_WAITING_BY_ADAPTER, "Requests that wait, by adapter.", "adapter").labels
         )
-        self._engine_counters = [
-            (counter(name, help_text), path) for name, (help_text, path) in _ENGINE_COUNTERS.items()
-        ]
-        self._engine_gauges = [
-            (gauge(name, help_text, over_workers=over_workers), path)
-            for name, (help_text, path, over_workers) in _ENGINE_GAUGES.items()
-        ]
+        self._engine_counters = {one: counter(one.name, one.help_text) for one in _ENGINE_COUNTERS}
+        self._engine_gauges = {
+            one: gauge(one.name, one.help_text, over_workers=one.over_workers)
+            for one in _ENGINE_GAUGES
+        }
         self._model_loaded = gauge(
             "mlops_model_loaded", "Workers that have loaded the model and answer."
         )
@@ -250,12 +269,12 @@ class Metrics:
         self._refresh_engine(statistics)
 
     def _refresh_engine(self, statistics: Mapping[str, Any]) -> None:
-        for gauge, path in self._engine_gauges:
-            gauge.set(_number(statistics, *path))
+        for one, gauge in self._engine_gauges.items():
+            gauge.set(_number(statistics, *one.path))
         self._set_by_adapter(self._running_by_adapter, _mapping(statistics, "running_adapters"))
         self._set_by_adapter(self._waiting_by_adapter, _mapping(statistics, "waiting_adapters"))
-        for counter, path in self._engine_counters:
-            self._growth.add_to(counter, path, _number(statistics, *path))
+        for one, counter in self._engine_counters.items():
+            self._growth.add_to(counter, one.path, _number(statistics, *one.path))
         finished = _mapping(statistics, "requests", "finished")
         for reason, count in finished.items():
             counter = self._finished.labels(reason)

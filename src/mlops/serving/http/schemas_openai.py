@@ -241,7 +241,8 @@ class OpenAIErrorFact(Answer):
     type: str = Field(description="`invalid_request_error`, `rate_limit_error` or `server_error`.")
     param: str | None = Field(description="The field of the request that is wrong.")
     code: str | None = Field(
-        description="Such as `model_not_found`, `rate_limit_exceeded`, `invalid_api_key`."
+        description="Such as `model_not_found`, `context_length_exceeded`, `rate_limit_exceeded`, "
+        "`invalid_api_key`."
     )
 
 

@@ -47,8 +47,8 @@ class PredictBody(Sampling):
     )
     adapter: Text | None = Field(
         None,
-        description="Name of an adapter; null or `base` is the base model. Left out, it is the "
-        "adapter that the service was made from, if it was.",
+        description="Name of an adapter; `base`, or null here, is the base model. Left out, it "
+        "is the adapter that the service was made from, if it was.",
     )
     max_tokens: int | None = Field(
         None,

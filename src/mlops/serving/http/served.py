@@ -1,7 +1,7 @@
 """What every endpoint works with: the runner, what the service is called, what is allowed.
 
-An endpoint is an async function `(served, request, body) -> Response`; `json_endpoint` reads the
-body before it and turns whatever it raises into a status and a JSON error.
+An endpoint is an async function `(served, request, body) -> Response`; `JSONEndpoint` reads the
+body before it. Whatever it raises, `errors.Failures` turns into a status and a JSON error.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from mlops.serving.http.bodies import read_json_object
-from mlops.serving.http.errors import error_response
 from mlops.serving.http.host import RunnerHost
-from mlops.serving.http.records import record_of
 from mlops.serving.http.settings import HTTPSettings
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from mlops.serving.http.prometheus import Metrics
-
-CLIENT_LEFT = 499
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class Served:
     Attributes:
         started_s: of `time.monotonic()`.
         requests_by_status: answered so far, in this process.
+        paths: of the app's routes; set by it.
         metrics: for Prometheus; None where `settings` have them turned off.
         tracer_provider: of OpenTelemetry, for the spans of requests; None takes the process's own.
     """
@@ -75,6 +73,7 @@ class Served:
     settings: HTTPSettings = field(default_factory=HTTPSettings)
     started_s: float = field(default_factory=time.monotonic)
     requests_by_status: Counter[int] = field(default_factory=Counter)
+    paths: frozenset[str] = frozenset()
     metrics: Metrics | None = None
     tracer_provider: TracerProvider | None = None
 
@@ -82,19 +81,18 @@ class Served:
 Endpoint = Callable[[Served, Request, dict[str, Any]], Awaitable[Response]]
 
 
-def json_endpoint(
-    served: Served, answer: Endpoint, *, like_openai: bool = False
-) -> Callable[[Request], Awaitable[Response]]:
-    """Starlette's form of an endpoint that takes a JSON object."""
+@dataclass(frozen=True)
+class JSONEndpoint:
+    """An ASGI app that reads a JSON object and has an endpoint answer it.
 
-    async def respond(request: Request) -> Response:
-        try:
-            body = await read_json_object(request, served.settings.max_body_bytes)
-            return await answer(served, request, body)
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_LEFT)
-        except Exception as exc:  # told to the client, or to the log
-            record_of(request.scope).error = type(exc).__name__
-            return error_response(exc, like_openai=like_openai)
+    Starlette gives a function's requests a handler of errors each; they have one in front of all.
+    """
 
-    return respond
+    served: Served
+    answer: Endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        body = await read_json_object(request, self.served.settings.max_body_bytes)
+        response = await self.answer(self.served, request, body)
+        await response(scope, receive, send)

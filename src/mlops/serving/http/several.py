@@ -5,13 +5,14 @@ Each is a generation of its own. When one is refused or fails, all of them end.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mlops.errors import InvalidRequestError
 from mlops.serving.runner.base import Generating, Prediction, TextChunk, TextRunner
+from mlops.serving.runner.merging import merge
 
 
 class Several:
@@ -33,8 +34,17 @@ class Several:
         """Begin to answer requests that differ in their prompts only.
 
         Raises:
+            InvalidRequestError: they are more than the runner ever takes at once.
             MLOpsError: as `TextRunner.generate`; then none of them is under way.
         """
+        n = inputs[0].get("n", 1)
+        limit = getattr(runner, "max_choices", None)  # of a runner that has one
+        if limit is not None and len(inputs) * n > limit:
+            raise InvalidRequestError(
+                f"prompt has {len(inputs)} prompts, which with n = {n} are {len(inputs) * n} "
+                f"answers; this service takes requests for {limit} at most",
+                "prompt",
+            )
         parts: list[Generating] = []
         try:
             for one in inputs:
@@ -43,7 +53,7 @@ class Several:
             for part in parts:
                 part.cancel()
             raise
-        return cls(parts, inputs[0].get("n", 1))
+        return cls(parts, n)
 
     def cancel(self) -> None:
         """End all of them."""
@@ -59,31 +69,19 @@ class Several:
             self.cancel()
             raise
 
-    async def chunks(self) -> AsyncIterator[TextChunk]:
+    async def chunks(self) -> AsyncGenerator[TextChunk]:
         """The pieces of all of them, each as it comes."""
         # One that is refused is known before anything is sent of the others.
         await self.begun()
-        # One chunk of room: what a slow reader does not take is put together by the generations.
-        ready: asyncio.Queue[TextChunk | Exception | None] = asyncio.Queue(1)
-        readers = [
-            asyncio.create_task(_read(part, number * self._num_choices, ready))
-            for number, part in enumerate(self._parts)
+        numbered = [
+            _numbered(part, number * self._num_choices) for number, part in enumerate(self._parts)
         ]
         try:
-            num_open = len(readers)
-            while num_open:
-                chunk = await ready.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                if chunk is None:
-                    num_open -= 1
-                else:
+            async with contextlib.aclosing(merge(numbered)) as chunks:
+                async for chunk in chunks:
                     yield chunk
         finally:
             self.cancel()
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
 
     async def prediction(self) -> Prediction:
         """All answers as the choices of one; tokens add up."""
@@ -117,14 +115,8 @@ def choices_of(prediction: Prediction) -> list[dict[str, Any]]:
     return [{"index": 0, "text": prediction["prediction"], **of_first}]
 
 
-async def _read(
-    part: Generating, first_index: int, ready: asyncio.Queue[TextChunk | Exception | None]
-) -> None:
-    try:
-        chunks = part.chunks()
-        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
-            async for chunk in chunks:
-                await ready.put(replace(chunk, index=first_index + chunk.index))
-        await ready.put(None)
-    except Exception as exc:
-        await ready.put(exc)
+async def _numbered(part: Generating, first_index: int) -> AsyncGenerator[TextChunk]:
+    """The chunks of one of them, with the indexes that its choices have among all."""
+    async with contextlib.aclosing(part.chunks()) as chunks:  # type: ignore[type-var]
+        async for chunk in chunks:
+            yield replace(chunk, index=first_index + chunk.index)

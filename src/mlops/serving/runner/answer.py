@@ -12,6 +12,7 @@ from typing import TypeVar
 from mlops import engine
 from mlops.errors import EngineError
 from mlops.serving.runner.base import Prediction, TextChunk
+from mlops.serving.runner.merging import merge
 
 Result = TypeVar("Result")
 
@@ -79,7 +80,10 @@ class Answer:
         """The whole answer; see `Generating.prediction`."""
         prepared = await self._wait_until_prepared()
         results = [await _wait_for(one.future) for one in prepared.generations]
-        return self._to_prediction(prepared, results)
+        if prepared.request.logprobs is None and prepared.make_reader is None:
+            return self._to_prediction(prepared, results)
+        # Each token, or character, is looked at in Python: beside the event loop.
+        return await asyncio.to_thread(self._to_prediction, prepared, results)
 
     async def _wait_until_prepared(self) -> Prepared:
         try:
@@ -96,7 +100,7 @@ async def _read(prepared: Prepared) -> AsyncGenerator[TextChunk]:
         _read_choice(index, generation, prepared.make_reader)
         for index, generation in enumerate(prepared.generations)
     ]
-    reading = choices[0] if len(choices) == 1 else _merge(choices)
+    reading = choices[0] if len(choices) == 1 else merge(choices)
     async with contextlib.aclosing(reading) as chunks:
         async for chunk in chunks:
             yield chunk
@@ -109,37 +113,6 @@ async def _read_choice(
     async with contextlib.aclosing(generation.events()) as events:
         async for event in events:
             yield _to_chunk(index, event, reader)
-
-
-async def _merge(choices: Sequence[AsyncGenerator[TextChunk]]) -> AsyncGenerator[TextChunk]:
-    """The chunks of several choices, each as it comes."""
-    # One chunk of room: what a slow reader does not take is put together by the generations.
-    ready: asyncio.Queue[TextChunk | Exception | None] = asyncio.Queue(1)
-
-    async def read(choice: AsyncGenerator[TextChunk]) -> None:
-        try:
-            async with contextlib.aclosing(choice) as chunks:
-                async for chunk in chunks:
-                    await ready.put(chunk)
-            await ready.put(None)
-        except Exception as exc:
-            await ready.put(exc)
-
-    readers = [asyncio.create_task(read(choice)) for choice in choices]
-    try:
-        num_open = len(readers)
-        while num_open:
-            chunk = await ready.get()
-            if isinstance(chunk, Exception):
-                raise chunk
-            if chunk is None:
-                num_open -= 1
-            else:
-                yield chunk
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
 
 
 async def _wait_for(future: Future[Result]) -> Result:

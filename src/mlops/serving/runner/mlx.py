@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 Input = str | Mapping[str, Any]
 Result = TypeVar("Result")
 MIB = 2**20
+LONG_PROMPT = 50_000
+"""Characters, or tokens: more take a tokenizer 0.1 s."""
+
 DRAIN_S = 30.0
 """How long `unload_model` lets requests under way finish."""
 
@@ -90,6 +93,8 @@ class MLXModelRunner:
         self._found_adapters: dict[str, _FoundAdapter] = {}
         self._changing_adapters = threading.Lock()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize")
+        # What may take seconds waits for others like it, and not in front of everybody.
+        self._tokenizing_long = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize-long")
         # What is loaded dies in the owner thread, even when the runner is only forgotten: the
         # model, and for a language model its engine.
         self._held: list[Any] = []
@@ -138,8 +143,14 @@ class MLXModelRunner:
                 raises.
         """
         running = self._engine
-        prepared = self._tokenizing.submit(self._prepare, running, input_data, deadline_s)
+        thread = self._tokenizing_long if _may_take_long(input_data) else self._tokenizing
+        prepared = thread.submit(self._prepare, running, input_data, deadline_s)
         return Answer(prepared, self._to_prediction)
+
+    @property
+    def max_choices(self) -> int:
+        """Answers that one request may ask for: so many can wait. More would never be taken."""
+        return max(1, self.engine_config.max_waiting)
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """Each token's own bytes, which may be a part of a character.
@@ -425,6 +436,10 @@ class MLXModelRunner:
     ) -> Prepared:
         """Check and tokenize a request, and submit each of its choices."""
         request = engine.parse_request(input_data)
+        if request.n > self.max_choices:
+            raise InvalidRequestError(
+                f"n must be from 1 to {self.max_choices} in this service, not {request.n}", "n"
+            )
         adapter = request.adapter if request.names_adapter else self.default_adapter
         generation_request = engine.to_generation_request(
             running.loaded,
@@ -637,8 +652,21 @@ def _to_choice(prepared: Prepared, result: engine.GenerationResult) -> dict[str,
     if answered.tool_calls:
         choice["tool_calls"] = [asdict(call) for call in answered.tool_calls]
     if prepared.request.logprobs is not None:
-        choice["logprobs"] = [asdict(one) for one in result.logprobs]
+        # Not `asdict`, which copies every pair: there may be a million.
+        choice["logprobs"] = [
+            {"token": one.token, "logprob": one.logprob, "top": one.top} for one in result.logprobs
+        ]
     return choice
+
+
+def _may_take_long(input_data: Mapping[str, Any]) -> bool:
+    """Whether a request, not checked yet, has a schema, functions or a very long prompt."""
+    if input_data.get("response_format") or input_data.get("tools"):
+        return True
+    prompts = [input_data.get(name) for name in engine.PROMPT_FIELDS]
+    if isinstance(messages := input_data.get("messages"), list):
+        prompts += [one.get("content") for one in messages if isinstance(one, Mapping)]
+    return sum(len(one) for one in prompts if isinstance(one, str | list)) > LONG_PROMPT
 
 
 def _has_mlx() -> bool:
