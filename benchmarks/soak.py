@@ -4,9 +4,10 @@
 
 32 clients ask the demo's model, served with its two kinds of request: whole answers and streams,
 with lengths, schemas and temperatures at random. A third of the clients leave in the middle. The
-resident memory of the server's processes is read every few seconds; what is compared is the median
-of the last tenth of the time with that of the tenth after the first fifth. A client that stays and
-gets no whole answer ends the benchmark.
+worker's resident memory is read every few seconds; what is compared is the median of the last
+tenth of the time with that of the third tenth. The worker's memory is limited, so that its prefix
+cache, which is to grow up to its share, has done so by then. A client that stays and gets no whole
+answer ends the benchmark.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from benchmarks.report import Figure
@@ -28,6 +30,7 @@ from benchmarks.servers import mlops_server
 
 MINUTES = 10.0
 NUM_CLIENTS = 32
+MEMORY_MB = 512
 SAMPLE_S = 2.0
 LEAVING = 1 / 3
 SCHEMA = {
@@ -43,11 +46,14 @@ def run(runs: int, minutes: float = MINUTES) -> list[Figure]:
     model = str(files("mlops.demo") / "base_model")
     with (
         tempfile.TemporaryDirectory(prefix="mlops-bench-") as folder,
-        mlops_server(Path(folder), model, max_batch_size=NUM_CLIENTS) as port,
+        mlops_server(
+            Path(folder), model, max_batch_size=NUM_CLIENTS, memory_per_worker_mb=MEMORY_MB
+        ) as port,
     ):
         server = _listener(port)
         clients = _Clients(port, time.monotonic() + 60 * minutes)
         samples = asyncio.run(clients.run(server))
+        engine = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).json()["engine"]
     tenth = max(1, len(samples) // 10)
     early = statistics.median(samples[2 * tenth : 3 * tenth])
     late = statistics.median(samples[-tenth:])
@@ -63,6 +69,7 @@ def run(runs: int, minutes: float = MINUTES) -> list[Figure]:
                 "resident_mib": samples,
                 "answered": [float(clients.num_answered)],
                 "left": [float(clients.num_left)],
+                "prefix_cache_mib": [engine["prefix_cache"]["bytes"] / 2**20],
             },
         )
     ]
