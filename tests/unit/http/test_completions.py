@@ -26,6 +26,7 @@ from mlops.errors import (
 )
 from mlops.serving.http import HTTPSettings
 from mlops.serving.http.completions import parse_completion
+from mlops.serving.http.records import record_of
 from mlops.serving.http.schemas import CompletionBody
 from mlops.serving.http.sse import GRACE_S, EventStream
 from mlops.serving.runner.base import TextChunk
@@ -457,14 +458,14 @@ class Connection:
 
     async def run(self, app: Any) -> None:
         headers = [(b"content-type", b"application/json")]
-        scope = {
+        self.scope = {
             "type": "http",
             "method": "POST",
             "path": "/v1/completions",
             "query_string": b"",
             "headers": headers,
         }
-        await app(scope, self._receive, self._send)
+        await app(self.scope, self._receive, self._send)
 
     async def _receive(self) -> Any:
         if self.body:
@@ -490,6 +491,9 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_generation(serving: Serve, 
     assert runner.generatings[0].cancelled.is_set()
     assert runner.generatings[0].num_chunks <= reads + 1
     assert len(connection.sent) == reads
+    record = record_of(connection.scope)  # the log knows what it got
+    num_tokens = runner.generatings[0].num_chunks if reads else 0
+    assert (record.status, record.completion_tokens) == (499, num_tokens)
 
 
 def test_a_client_that_leaves_before_the_first_text(serving: Serve) -> None:

@@ -48,9 +48,7 @@ class ScriptedGenerating:
 
     async def prediction(self) -> Prediction:
         chunks = [chunk for chunk in self.pieces if isinstance(chunk, TextChunk)]
-        if self.cancelled.is_set():
-            chunks = chunks[: max(1, self.num_chunks)]
-        elif not self.ended:
+        if not self.ended:
             chunks = [chunk async for chunk in self.chunks()]
         texts: dict[int, str] = {}
         reasons: dict[int, str | None] = {}

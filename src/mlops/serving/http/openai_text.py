@@ -166,6 +166,8 @@ async def answer_text(
         stream = await served.host.stream(question.fields, disconnected)
     except AdapterNotFoundError as exc:
         raise unknown_model(question.model, exc) from exc
+    first = question.fields if isinstance(question.fields, Mapping) else question.fields[0]
+    record.adapter = first.get("adapter")
     return form.streamed(stream, question.include_usage, record)
 
 

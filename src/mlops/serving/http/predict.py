@@ -53,8 +53,10 @@ async def post_predict(served: Served, request: Request, body: dict[str, Any]) -
             return await large_response(lambda: prediction)
         return JSONResponse(prediction)
     names = served.info.names
+    text_stream = await served.host.stream(body, disconnection(request.receive))
+    record.adapter = body.get("adapter")
     return stream_text(
-        await served.host.stream(body, disconnection(request.receive)),
+        text_stream,
         record,
         of_chunk=_chunk_event,
         of_whole=lambda prediction: event({**prediction, **names}),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +27,6 @@ DONE = b"data: [DONE]\n\n"
 GRACE_S = 10.0
 """After a request's deadline, for its last events to be read."""
 
-NOTE_S = 1.0
-"""For a generation to end whose client has left, a step or two: then the log knows its tokens."""
-
 
 class EventStream(Response):
     """Sends events until they end, the client leaves or the request's time is long over.
@@ -41,18 +37,12 @@ class EventStream(Response):
         events: whole events in bytes; each is one write.
         release: called once, whatever happens, as soon as the response is over.
         deadline_s: of `time.monotonic()`; the request's time.
-        on_left: awaited after `release`, when the client has left before the end.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        *,
-        release: Callable[[], None],
-        deadline_s: float,
-        on_left: Callable[[], Awaitable[None]] | None = None,
+        self, events: AsyncGenerator[bytes, None], *, release: Callable[[], None], deadline_s: float
     ) -> None:
         # The last header asks a reverse proxy not to collect what it passes on.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -60,23 +50,19 @@ class EventStream(Response):
         self._events = events
         self._release = release
         self._deadline_s = deadline_s
-        self._on_left = on_left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_left = False
         try:
             await while_wanted(
                 self._write(send), disconnection(receive), self._deadline_s + GRACE_S
             )
         except ClientDisconnect:
-            has_left = True
+            pass
         except DeadlineExceededError:
             # The server closes a connection whose response has no end.
             logger.warning("a client did not read its answer in time; its connection is closed")
         finally:
             self._release()
-        if has_left and self._on_left:
-            await self._on_left()
 
     async def _write(self, send: Send) -> None:
         await send(
@@ -114,10 +100,12 @@ def stream_text(
     async def events() -> AsyncGenerator[bytes, None]:
         try:
             async for chunk in stream.chunks():
+                record.completion_tokens += len(chunk.tokens)  # for a client that leaves
                 for part in _parts(chunk):
                     if text := of_chunk(part):
                         yield text.encode("ascii")
             prediction = await stream.prediction()
+            record.completion_tokens = 0
             record.note(prediction)
             if is_large(prediction):
                 told = await in_thread(lambda: of_whole(prediction))
@@ -130,17 +118,7 @@ def stream_text(
             last = event(of_error(exc)).encode("ascii")
         yield last
 
-    async def note_what_there_was() -> None:
-        with contextlib.suppress(Exception):  # nobody is there to be told
-            async with asyncio.timeout(NOTE_S):
-                record.note(await stream.prediction())
-
-    return EventStream(
-        events(),
-        release=stream.cancel,
-        deadline_s=stream.deadline_s,
-        on_left=note_what_there_was,
-    )
+    return EventStream(events(), release=stream.cancel, deadline_s=stream.deadline_s)
 
 
 def event(data: Mapping[str, Any]) -> str:
