@@ -138,7 +138,7 @@ def _load(
         )
     ensure_blas()
     device = select_device(enable_mps)
-    apply_memory_limits(enable_unified_memory)
+    apply_memory_limits(enable_unified_memory, memory_budget_bytes)
     check_stopping()
     model, config = _load_weights(checkpoint)
     check_stopping()

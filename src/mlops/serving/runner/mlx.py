@@ -505,7 +505,7 @@ class MLXModelRunner:
 
             ensure_blas()
             select_device(self.enable_mps)
-            apply_memory_limits(self.enable_unified_memory)
+            apply_memory_limits(self.enable_unified_memory, self.memory_budget_bytes)
 
     def _predict_custom(self, input_data: Input) -> Prediction:
         output = to_json(self._mlx_predict(input_data))
