@@ -29,6 +29,8 @@ def logging_as_before(bentoml_home: Path) -> Iterator[None]:
         (one, list(one.handlers), one.level, one.propagate)
         for one in map(logging.getLogger, LOGGERS)
     ]
+    formatters = [(handler, handler.formatter) for _, all_, *_ in before for handler in all_]
+    logging.getLogger("uvicorn.access").handlers = []  # a test before may have run uvicorn
     PRINTED.setStream(io.StringIO())
     PRINTED.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
     logging.getLogger().addHandler(PRINTED)
@@ -38,6 +40,8 @@ def logging_as_before(bentoml_home: Path) -> Iterator[None]:
             handler.close()
         one.handlers, one.propagate = handlers, propagate
         one.setLevel(level)
+    for handler, formatter in formatters:  # pytest's own are among them
+        handler.setFormatter(formatter)
 
 
 def begin(log_format: str) -> None:

@@ -238,6 +238,6 @@ def test_numbers_that_cannot_be_had_stop_nothing(
             assert client.get("/livez").status_code == 200
     finally:
         host.stop()
-    assert [one.message for one in caplog.records if one.name == front_module.__name__] == [
+    assert [one.getMessage() for one in caplog.records if one.name == front_module.__name__] == [
         "the metrics could not be refreshed"
     ]
