@@ -40,7 +40,7 @@ SCHEMA: dict[str, Any] = {
                 "type": "object",
                 "properties": {
                     "action": {"type": "string", "maxLength": 40},
-                    "minutes": {"type": "number", "minimum": 0, "maximum": 90},
+                    "minutes": {"type": "integer", "minimum": 0, "maximum": 90},
                 },
                 "required": ["action", "minutes"],
                 "additionalProperties": False,
