@@ -229,7 +229,7 @@ def test_while_its_adapter_is_loaded(server: LiveServer, runner: Runner, stream:
 def test_a_step_that_fails_ends_the_stream_with_an_error(
     server: LiveServer, runner: Runner, path: str, fields: dict[str, Any]
 ) -> None:
-    asked = request(path, max_tokens=400, stream=True, **fields)
+    asked = request(path, max_tokens=900, stream=True, **fields)
     with server.connection(asked) as one:
         so_far = read_until(one, b"data: ")
         wait_for(lambda: num_rows(runner) == 1)
