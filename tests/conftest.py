@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bentoml_store import look_again
 from mlops.hardware import ensure_blas
 
 ensure_blas()  # before any test imports MLX
@@ -18,16 +20,6 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 TESTS = Path(__file__).parent
-STORE_PROVIDERS = (
-    "bentoml_home",
-    "tmp_bento_store_dir",
-    "bento_store_dir",
-    "model_store_dir",
-    "env_store_dir",
-    "bento_store",
-    "tmp_bento_store",
-    "model_store",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,16 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def bentoml_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bentoml_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty BentoML store, for this process and for those it starts."""
-    from bentoml._internal.configuration.containers import BentoMLContainer
-    from simple_di import sentinel
-
     home = tmp_path / "bentoml"
     monkeypatch.setenv("BENTOML_HOME", str(home))
-    # BentoML looks at BENTOML_HOME once a process: let it look again, now and afterwards.
-    for name in STORE_PROVIDERS:
-        provider = getattr(BentoMLContainer, name)
-        provider.reset()
-        monkeypatch.setattr(provider, "_cache", sentinel)
-    return home
+    look_again()
+    yield home
+    look_again()

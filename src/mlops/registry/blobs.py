@@ -14,7 +14,7 @@ import mmap
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -53,9 +53,9 @@ class BlobStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, size: int, sha256: str) -> Path:
+    def path(self, file: StoredFile) -> Path:
         """Where the blob with this content is, or would be."""
-        return self.folder / f"{size}-{sha256}"
+        return self.folder / file.blob_name
 
     def add(self, source: Path, relative_path: str, progress: Progress | None = None) -> StoredFile:
         """Make sure that the content of `source` is stored.
@@ -70,46 +70,83 @@ class BlobStore:
         try:
             before = source.stat()
             self.folder.mkdir(parents=True, exist_ok=True)
-            stored = self._add(source, before.st_size, progress)
+            stored = self._add(source, relative_path, before.st_size, progress)
             after = source.stat()
         except OSError as exc:
             raise store_failure(exc, self.folder, source) from exc
-        if stored[0] != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+        if stored.size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
             raise PackagingError(
                 f"{source} changed while it was packaged; try again when it is complete",
                 "create_bento_model",
                 {"path": str(source)},
             )
-        return StoredFile(relative_path, *stored)
+        return stored
 
-    def _add(self, source: Path, size: int, progress: Progress | None) -> tuple[int, str]:
+    def _add(
+        self, source: Path, relative_path: str, size: int, progress: Progress | None
+    ) -> StoredFile:
         if any(self.folder.glob(f"{size}-*")):
-            sha256 = hash_file(source, progress)
-            if self._holds(size, sha256):
-                return size, sha256
+            file = StoredFile(relative_path, size, hash_file(source, progress))
+            if self.holds(file):
+                return file
             progress = None  # these bytes were counted
+        with self._partial() as partial:
+            file = StoredFile(relative_path, *_copy(source, partial, progress))
+            partial.chmod(0o444)
+            if not self.holds(file):
+                partial.replace(self.path(file))
+        return file
+
+    def try_receive(
+        self, file: StoredFile, chunks: Iterable[bytes], progress: Progress | None = None
+    ) -> bool:
+        """Store content that comes in pieces; False, and nothing stored, when it is not `file`'s.
+
+        No more bytes are written than `file` has.
+
+        Raises:
+            PackagingError: the disk is full or not writable.
+        """
+        digest = hashlib.sha256()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._partial() as partial:
+                with partial.open("xb") as writer:
+                    for chunk in chunks:
+                        if writer.tell() + len(chunk) > file.size:
+                            return False
+                        writer.write(chunk)
+                        digest.update(chunk)
+                        if progress:
+                            progress(len(chunk))
+                    if writer.tell() != file.size or digest.hexdigest() != file.sha256:
+                        return False
+                partial.chmod(0o444)
+                partial.replace(self.path(file))
+        except OSError as exc:
+            raise store_failure(exc, self.folder) from exc
+        return True
+
+    @contextlib.contextmanager
+    def _partial(self) -> Iterator[Path]:
+        """A name that no reader knows; what has it afterwards is removed."""
         partial = self.folder / f"partial-{uuid.uuid4().hex}"
         try:
-            written, sha256 = _copy(source, partial, progress)
-            partial.chmod(0o444)
-            blob = self.path(written, sha256)
-            if not self._holds(written, sha256):
-                partial.replace(blob)
+            yield partial
         finally:
             partial.unlink(missing_ok=True)
-        return written, sha256
 
-    def _holds(self, size: int, sha256: str) -> bool:
+    def holds(self, file: StoredFile) -> bool:
         """True when the blob is stored and its bytes are still what its name says."""
-        blob = self.path(size, sha256)
+        blob = self.path(file)
         try:
-            return blob.stat().st_size == size and hash_file(blob) == sha256
+            return blob.stat().st_size == file.size and hash_file(blob) == file.sha256
         except FileNotFoundError:
             return False
 
     def link(self, file: StoredFile, target: Path) -> None:
         """Make `target` the content of `file`: a hard link, or a clone or copy where links fail."""
-        blob = self.path(file.size, file.sha256)
+        blob = self.path(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(blob, target)

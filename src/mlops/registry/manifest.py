@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +23,7 @@ FORMAT = 1
 MAX_BYTES = 16 * 1024 * 1024
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, order=True)
@@ -37,6 +39,11 @@ class StoredFile:
     path: str
     size: int
     sha256: str
+
+    @property
+    def blob_name(self) -> str:
+        """The name of its content, wherever blobs are kept."""
+        return f"{self.size}-{self.sha256}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,19 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
+def is_portable(path: str) -> bool:
+    """True for a relative POSIX path that leads to one and the same place on every system."""
+    pure = PurePosixPath(path)
+    return (
+        bool(pure.parts)
+        and not pure.is_absolute()
+        and ".." not in pure.parts
+        and str(pure) == path
+        and path.isprintable()
+        and "\\" not in path
+    )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of the entry in `folder`.
 
@@ -103,13 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
         if path.stat().st_size > MAX_BYTES:
             raise _damaged(path, f"it is larger than {MAX_BYTES} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(
-            files=tuple(_read_file(file) for file in data["files"]),
-            kind=str(data["kind"]),
-            framework=str(data["framework"]),
-            base_digest=data["base_digest"],
-            base_tag=data["base_tag"],
-        )
+        manifest = parse_manifest(data)
         digest = manifest.digest
     except FileNotFoundError as exc:
         raise _damaged(path, "it is missing; the entry was not made by this toolkit") from exc
@@ -120,15 +134,44 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _read_file(data: dict[str, Any]) -> StoredFile:
-    """Raises `ValueError`, `TypeError` or `KeyError` for what is no file of an entry."""
-    file = StoredFile(**data)
-    parts = PurePosixPath(file.path).parts
-    if not parts or parts[0] == "/" or ".." in parts:
-        raise ValueError(f"it names a file outside of the entry: {file.path!r}")
-    if type(file.size) is not int or type(file.sha256) is not str:
-        raise TypeError(f"the size or digest of {file.path!r} is none")
-    return file
+def parse_manifest(data: Mapping[str, Any]) -> Manifest:
+    """The manifest that parsed JSON holds.
+
+    Raises:
+        ValueError, TypeError, KeyError: it holds none, or one whose files no entry could have.
+    """
+    manifest = Manifest(
+        files=parse_files(data["files"]),
+        kind=data["kind"],
+        framework=data["framework"],
+        base_digest=data["base_digest"],
+        base_tag=data["base_tag"],
+    )
+    of_base = (manifest.base_digest, manifest.base_tag)
+    if not all(isinstance(text, str) for text in (manifest.kind, manifest.framework)):
+        raise TypeError("its kind and framework are no text")
+    if not all(text is None or isinstance(text, str) for text in of_base):
+        raise TypeError("its base model is no tag and digest")
+    return manifest
+
+
+def parse_files(data: Any) -> tuple[StoredFile, ...]:
+    """The files that parsed JSON names.
+
+    Raises:
+        ValueError, TypeError: it names none, one outside of the entry, or one twice.
+    """
+    if type(data) is not list:
+        raise TypeError("its files are no list")
+    files = tuple(StoredFile(**item) for item in data)
+    for file in files:
+        if not is_portable(file.path):
+            raise ValueError(f"it names a file outside of the entry: {file.path!r}")
+        if type(file.size) is not int or file.size < 0 or not _SHA256.fullmatch(file.sha256):
+            raise ValueError(f"the size or digest of {file.path!r} is none")
+    if len({file.path for file in files}) != len(files):
+        raise ValueError("it names a file twice")
+    return files
 
 
 def _damaged(path: Path, why: str) -> IntegrityError:

@@ -21,22 +21,27 @@ import fcntl
 import logging
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import tags
 from mlops.registry.blobs import BlobStore, Progress, hash_file, store_failure
-from mlops.registry.manifest import FILE_NAME, Manifest, StoredFile, read_manifest
+from mlops.registry.manifest import (
+    FILE_NAME,
+    Manifest,
+    StoredFile,
+    is_portable,
+    read_manifest,
+)
+from mlops.registry.model_yaml import plain, read_yaml, write_model_yaml
 
 logger = logging.getLogger(__name__)
-
-MODULE = "mlops.registry"
-"""What `model.yaml` names as the module that made an entry."""
 
 RESERVED_NAMES = frozenset({"model.yaml", FILE_NAME})
 """Names at the root of an entry that are not the model's own."""
@@ -91,13 +96,9 @@ class ModelStore:
     """BentoML's model store of this process (`BENTOML_HOME`, or a Bento's own in a container)."""
 
     def __init__(self) -> None:
-        from bentoml._internal.configuration.containers import BentoMLContainer
-        from bentoml.exceptions import BentoMLException
-
         try:
-            self.models = Path(BentoMLContainer.model_store.get()._path)
-            self.bentos = Path(BentoMLContainer.bento_store.get()._path)
-        except (OSError, BentoMLException) as exc:
+            self.models, self.bentos = _folders()
+        except (OSError, RuntimeError) as exc:
             raise PackagingError(
                 f"the model store cannot be opened: {exc}; allow writing there or set BENTOML_HOME",
                 _OPERATION,
@@ -157,6 +158,25 @@ class ModelStore:
             except OSError as exc:
                 raise store_failure(exc, self.models) from exc
 
+    def install(
+        self,
+        tag: str,
+        manifest: Manifest,
+        labels: Mapping[str, str],
+        metadata: Mapping[str, Any],
+    ) -> StoredModel:
+        """Make the entry whose blobs are in the store already, or mend it.
+
+        Raises:
+            PackagingError: other content has this tag, or the store refused; nothing is left over.
+        """
+        with self.writing(sweep=False):
+            try:
+                kept = self._keep(tag, manifest, labels, metadata)
+                return kept or self._create(tag, manifest, labels, metadata, None)
+            except OSError as exc:
+                raise store_failure(exc, self.models) from exc
+
     def has(self, tag: str) -> bool:
         """True when an entry has this tag."""
         return (self.models / tag.replace(":", "/") / "model.yaml").is_file()
@@ -196,7 +216,11 @@ class ModelStore:
 
     def find(self, digest: str) -> StoredModel | None:
         """Some entry with this content, or None."""
-        return next((entry for entry in self.list() if entry.digest == digest), None)
+        for manifest in sorted(self.models.glob(f"*/*/{FILE_NAME}")):
+            with contextlib.suppress(IntegrityError):  # what cannot be read is not this content
+                if read_manifest(manifest.parent).digest == digest:
+                    return self._read(f"{manifest.parent.parent.name}:{manifest.parent.name}")
+        return None
 
     def verify(self, entry: StoredModel, digest: str | None = None) -> None:
         """Check every byte of an entry against its manifest, and that against `digest`.
@@ -204,48 +228,69 @@ class ModelStore:
         Raises:
             IntegrityError: a file is missing, added or changed, or the digest is another.
         """
+        entry = replace(entry, manifest=read_manifest(entry.path))
+        if digest and entry.digest != digest:
+            raise _damaged(entry, f"its digest is {entry.digest}, not {digest}", expected=digest)
+        self.check_sizes(entry)
+        files = entry.manifest.files
+        with _hashers() as pool:
+            paths = [entry.path / file.path for file in files]
+            for file, sha256 in zip(files, pool.map(hash_file, paths), strict=True):
+                if sha256 != file.sha256:
+                    raise _damaged(
+                        entry, f"{file.path} has changed since it was stored", file=file.path
+                    )
+        for path in _strays(entry):
+            relative = path.relative_to(entry.path).as_posix()
+            raise _damaged(entry, f"{relative} was added after it was stored", file=relative)
 
-        def fail(message: str, **details: Any) -> IntegrityError:
-            return IntegrityError(
-                f"{entry.tag}: {message}; nothing of it is served, package it again",
-                "verify",
-                {"tag": entry.tag, "path": str(entry.path), **details},
-            )
+    def check_sizes(self, entry: StoredModel) -> None:
+        """Check what can be checked without reading: every file is there and has its size.
 
-        manifest = read_manifest(entry.path)
-        if digest and manifest.digest != digest:
-            raise fail(f"its digest is {manifest.digest}, not {digest}", expected=digest)
-        for file in manifest.files:
+        Raises:
+            IntegrityError: one is missing or has another size.
+        """
+        for file in entry.manifest.files:
             path = entry.path / file.path
             if path.is_symlink() or not path.is_file():
-                raise fail(f"{file.path} is missing", file=file.path)
+                raise _damaged(entry, f"{file.path} is missing", file=file.path)
             if path.stat().st_size != file.size:
-                raise fail(f"{file.path} has changed since it was stored", file=file.path)
-        with _hashers() as pool:
-            paths = [entry.path / file.path for file in manifest.files]
-            for file, sha256 in zip(manifest.files, pool.map(hash_file, paths), strict=True):
-                if sha256 != file.sha256:
-                    raise fail(f"{file.path} has changed since it was stored", file=file.path)
-        for path in _strays(replace(entry, manifest=manifest)):
-            relative = path.relative_to(entry.path).as_posix()
-            raise fail(f"{relative} was added after it was stored", file=relative)
+                raise _damaged(
+                    entry, f"{file.path} has changed since it was stored", file=file.path
+                )
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the store's lock for writing; sweep first when nobody else writes."""
-        try:
-            self.private.mkdir(parents=True, exist_ok=True)
-            lock = (self.private / "lock").open("w")
-        except OSError as exc:
-            raise store_failure(exc, self.models) from exc
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._sweep()
-            except BlockingIOError:
-                pass
+    def writing(self, *, sweep: bool = True) -> Iterator[None]:
+        """Hold the store's lock for writing.
+
+        Args:
+            sweep: first remove what killed writers left, when nobody else writes. A fetch that was
+                killed goes on with the blobs that it had, so it sweeps afterwards.
+        """
+        with self._lock("lock") as lock:
+            if sweep:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._sweep()
+                except BlockingIOError:
+                    pass
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Be the only one who fetches into this store; others wait."""
+        with self._lock("fetch.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _lock(self, name: str) -> TextIO:
+        """A file to lock; closing it, or the end of the process, lets go of it."""
+        try:
+            self.private.mkdir(parents=True, exist_ok=True)
+            return (self.private / name).open("w")
+        except OSError as exc:
+            raise store_failure(exc, self.models) from exc
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -265,6 +310,14 @@ class ModelStore:
         self, files: Iterable[tuple[str, Path]], progress: Progress | None
     ) -> tuple[StoredFile, ...]:
         """Make blobs of files, several at a time."""
+        files = list(files)
+        for relative, _ in files:
+            if not is_portable(relative):
+                raise PackagingError(
+                    f"{relative!a} is not a file name that every system has; rename the file",
+                    _OPERATION,
+                    {"file": ascii(relative)},
+                )
         with _hashers() as pool:
             adding = [
                 pool.submit(self.blobs.add, path, relative, progress) for relative, path in files
@@ -292,7 +345,7 @@ class ModelStore:
             for file in manifest.files:
                 self.blobs.link(file, entry / file.path)
             (entry / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-            _write_model_yaml(entry / "model.yaml", tag, manifest, labels, metadata)
+            write_model_yaml(entry / "model.yaml", tag, manifest, labels, metadata)
             if check:
                 check(entry)
             while not publish(entry, self.models, name, version):
@@ -346,7 +399,7 @@ class ModelStore:
         for path in _strays(entry):
             path.unlink()
         for file in entry.manifest.files:
-            path, blob = entry.path / file.path, self.blobs.path(file.size, file.sha256)
+            path, blob = entry.path / file.path, self.blobs.path(file)
             if path.is_file() and (path.samefile(blob) or hash_file(path) == file.sha256):
                 continue
             with self.staging() as folder:
@@ -355,21 +408,19 @@ class ModelStore:
                 (folder / "file").replace(path)
 
     def _read(self, tag: str) -> StoredModel:
-        from bentoml._internal.models.model import ModelInfo
-
         path = self.models / tag.replace(":", "/")
         manifest = read_manifest(path)
         try:
-            with (path / "model.yaml").open(encoding="utf-8") as file:
-                info = ModelInfo.from_yaml_file(file)
-        except Exception as exc:
+            info = read_yaml(path / "model.yaml")
+            labels, metadata = plain(info["labels"], info["metadata"])
+        except Exception as exc:  # PyYAML has no end of them
             raise IntegrityError(
                 f"{tag}: its model.yaml cannot be read; package it again",
                 "get_model",
                 {"tag": tag, "path": str(path)},
             ) from exc
-        user_metadata = {k: v for k, v in info.metadata.items() if k != "mlops"}
-        return StoredModel(tag, path, manifest, dict(info.labels), user_metadata)
+        user_metadata = {k: v for k, v in metadata.items() if k != "mlops"}
+        return StoredModel(tag, path, manifest, labels, user_metadata)
 
     def _latest(self, name: str) -> str | None:
         """Version that `latest` points to, or the newest where the pointer is missing or stale."""
@@ -380,6 +431,40 @@ class ModelStore:
                 return version
         made = [path for path in folder.glob("*/model.yaml") if path.is_file()]
         return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
+
+
+def _folders() -> tuple[Path, Path]:
+    """BentoML's folders for models and for Bentos.
+
+    A process that uses BentoML asks it: a Bento in a container brings a store of its own. To import
+    it takes a second and 60 MB, so one that does not use it looks where BentoML would.
+
+    Raises:
+        OSError, RuntimeError: they cannot be made or found.
+    """
+    if "bentoml" not in sys.modules:
+        named = os.path.expandvars(os.environ.get("BENTOML_HOME", "~/bentoml"))
+        home = Path(named).expanduser()
+        folders = home / "models", home / "bentos"
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        return folders
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from bentoml.exceptions import BentoMLException
+
+    try:
+        stores = BentoMLContainer.model_store.get(), BentoMLContainer.bento_store.get()
+    except BentoMLException as exc:
+        raise OSError(str(exc)) from exc
+    return Path(stores[0]._path), Path(stores[1]._path)
+
+
+def _damaged(entry: StoredModel, message: str, **details: Any) -> IntegrityError:
+    return IntegrityError(
+        f"{entry.tag}: {message}; nothing of it is served, package it again",
+        "verify",
+        {"tag": entry.tag, "path": str(entry.path), **details},
+    )
 
 
 def _hashers() -> ThreadPoolExecutor:
@@ -421,39 +506,3 @@ def point_latest(store: Path, name: str, version: str) -> None:
         partial.replace(store / name / "latest")
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _write_model_yaml(
-    path: Path,
-    tag: str,
-    manifest: Manifest,
-    labels: Mapping[str, str] | None,
-    metadata: Mapping[str, Any] | None,
-) -> None:
-    """Write BentoML's own description of an entry, by BentoML's own class."""
-    from bentoml import Tag
-    from bentoml._internal.models.model import ModelContext, ModelInfo
-
-    ours = {
-        "digest": manifest.digest,
-        "kind": manifest.kind,
-        "framework": manifest.framework,
-        "base_tag": manifest.base_tag,
-    }
-    try:
-        info = ModelInfo(
-            tag=Tag.from_taglike(tag),
-            module=MODULE,
-            labels=dict(labels or {}),
-            options={},
-            metadata={**(metadata or {}), "mlops": {k: v for k, v in ours.items() if v}},
-            context=ModelContext(framework_name=manifest.framework, framework_versions={}),
-            signatures={},
-            api_version="v1",
-        )
-        with path.open("w", encoding="utf-8") as file:
-            info.dump(file)
-    except (ValueError, TypeError) as exc:
-        raise PackagingError(
-            f"labels must be text and metadata plain values: {exc}", _OPERATION, {"tag": tag}
-        ) from exc

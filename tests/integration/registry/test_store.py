@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from datetime import date, timedelta
 from pathlib import Path
 
 import bentoml
@@ -14,6 +16,7 @@ import pytest
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import ModelStore, StoredModel
 from mlops.registry.manifest import FILE_NAME
+from tiny_models import write_language_model
 
 
 def make_files(folder: Path, **contents: bytes) -> list[tuple[str, Path]]:
@@ -144,6 +147,105 @@ def test_hostile_latest_and_manifest(bentoml_home: Path, tmp_path: Path) -> None
         )
         with pytest.raises(IntegrityError):
             ModelStore().get("demo:1.0.0")
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "5",
+        "labels: {a: 1}\nmetadata: {}\n",
+        "labels: {}\nmetadata: [a]\n",
+        "labels: {}\nmetadata: {a: !!set {b}}\n",
+        "labels: {}\nmetadata: {a: !!timestamp b}\n",
+        'labels: {}\nmetadata: {a: "\\ud800"}\n',
+        "labels: {}\nmetadata: !!python/object/apply:os.getcwd []\n",
+        "labels: {}\nmetadata: &a {b: *a}\n",
+        "labels: {}\nmetadata: {a: " + "[" * 5000 + "]" * 5000 + "}\n",
+        "labels: {}\nmetadata: {a: " + "x" * 2**20 + "}\n",
+        "labels: {}\nmetadata:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30)),
+    ],
+)
+def test_hostile_model_yaml(hostile: str, bentoml_home: Path, tmp_path: Path) -> None:
+    entry = save(make_files(tmp_path / "m", x=b"1"))
+    (entry.path / "model.yaml").write_text(hostile)
+    with pytest.raises(IntegrityError, match=r"its model\.yaml cannot be read"):
+        ModelStore().get("demo:1.0.0")
+    assert ModelStore().list() == []
+
+
+def test_metadata_that_could_not_be_read_again_is_refused(
+    bentoml_home: Path, tmp_path: Path
+) -> None:
+    files = make_files(tmp_path / "m", x=b"1")
+    with pytest.raises(PackagingError, match="longer than"):
+        save(files, metadata={"notes": "x" * 2**20})
+    with pytest.raises(PackagingError, match="timedelta is no plain type"):
+        save(files, metadata={"took": timedelta(hours=1)})
+    with pytest.raises(PackagingError, match="too deep"):
+        save(files, metadata=json.loads('{"a":' * 99 + "{}" + "}" * 99))
+    with pytest.raises(PackagingError, match="rename the file"):
+        save([("a\\b", tmp_path / "m" / "x")])
+    assert ModelStore().list() == []
+
+
+READER = textwrap.dedent("""
+    import sys
+    from mlops.registry import ModelStore, resolve, verify
+    entry = ModelStore().get("demo")
+    assert ModelStore().has(entry.tag) and ModelStore().find(entry.digest) == entry
+    model = resolve(entry.reference, digest=entry.digest)
+    verify(model)
+    assert "bentoml" not in sys.modules
+    print(model.path, entry.labels, entry.metadata)
+    import bentoml
+    assert ModelStore().get("demo") == entry
+""")
+
+
+def test_reading_does_without_bentoml(bentoml_home: Path, tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "m")
+    files = [(path.name, path) for path in folder.iterdir()]
+    entry = save(files, labels={"team": "ml", "run": "007"}, metadata={"at": date(2025, 10, 22)})
+    done = subprocess.run(
+        [sys.executable, "-c", READER], capture_output=True, text=True, check=False, timeout=60
+    )
+    said = f"{entry.path} {{'team': 'ml', 'run': '007'}} {{'at': datetime.date(2025, 10, 22)}}\n"
+    assert (done.stderr, done.stdout) == ("", said)
+
+
+@pytest.mark.parametrize("imports", ["", "import bentoml\n"])
+def test_store_that_cannot_be_opened(imports: str, tmp_path: Path) -> None:
+    home = tmp_path / "file"
+    home.write_text("a file where the store should be")
+    code = "from mlops.registry import ModelStore\ntry:\n    ModelStore()\n"
+    code += "except Exception as exc:\n    print(type(exc).__name__, exc)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", imports + code],
+        env={**os.environ, "BENTOML_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.startswith("PackagingError the model store cannot be opened: ")
+    assert "set BENTOML_HOME" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_store_that_a_bento_in_a_container_brings(bentoml_home: Path, tmp_path: Path) -> None:
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from bentoml._internal.models import ModelStore as BundledStore
+
+    (tmp_path / "bento" / "models").mkdir(parents=True)
+    BentoMLContainer.model_store.set(BundledStore(tmp_path / "bento" / "models"))
+    try:
+        entry = save(make_files(tmp_path / "m", x=b"1"))
+        assert entry.path == tmp_path / "bento" / "models" / "demo" / "1.0.0"
+        assert ModelStore().get("demo").digest == entry.digest
+    finally:
+        BentoMLContainer.model_store.reset()
+    assert ModelStore().list() == []
 
 
 def test_content_is_stored_once_however_many_entries_have_it(
