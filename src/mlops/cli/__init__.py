@@ -15,10 +15,22 @@ import typer
 from mlops import __version__
 from mlops.cli.demo import EPILOG as DEMO_EPILOG
 from mlops.cli.demo import demo
+from mlops.cli.deploy import (
+    DEPLOY_EPILOG,
+    SCALE_EPILOG,
+    STATUS_EPILOG,
+    UNDEPLOY_EPILOG,
+    deploy,
+    scale,
+    status,
+    undeploy,
+)
 from mlops.cli.doctor import doctor
 from mlops.cli.models import models
 from mlops.cli.package import EPILOG as PACKAGE_EPILOG
 from mlops.cli.package import package
+from mlops.cli.push import EPILOG as PUSH_EPILOG
+from mlops.cli.push import push
 from mlops.cli.run import run
 from mlops.cli.serve import PREDICT_EPILOG, SERVE_EPILOG, predict, serve
 from mlops.errors import MLOpsError
@@ -39,6 +51,11 @@ app.command(epilog=PACKAGE_EPILOG)(package)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=PREDICT_EPILOG)(predict)
 app.add_typer(models, name="models")
+app.command(epilog=PUSH_EPILOG)(push)
+app.command(epilog=DEPLOY_EPILOG)(deploy)
+app.command(epilog=STATUS_EPILOG)(status)
+app.command(epilog=SCALE_EPILOG)(scale)
+app.command(epilog=UNDEPLOY_EPILOG)(undeploy)
 app.command()(doctor)
 # What follows COMMAND, --help included, belongs to it.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(

@@ -11,6 +11,8 @@ EPILOG = """Examples:
 
     mlops demo
 
+    mlops demo --ray
+
     mlops demo --model mlx-community/Llama-3.2-1B-Instruct-4bit --keep-serving
 """
 
@@ -23,8 +25,11 @@ def demo(
     keep_serving: Annotated[
         bool, typer.Option("--keep-serving", help="Leave the service running until Ctrl-C.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve on a Ray cluster of two nodes, started here.")
+    ] = False,
 ) -> None:
     """Train, track, package, serve and ask: the whole way."""
     from mlops.demo.run import run_demo
 
-    run_demo(model, folder, keep_serving)
+    run_demo(model, folder, keep_serving, ray)

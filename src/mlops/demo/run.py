@@ -38,13 +38,14 @@ PROJECT = "demo"
 QUESTIONS = ("Explain the for statement.", "What does the open function do?")
 
 
-def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:
+def run_demo(model: str | None, folder: Path, keep_serving: bool, on_ray: bool = False) -> None:
     """Run the demo.
 
     Args:
         model: folder or hub id of a base model; by default the toolkit's own.
         folder: where everything is written.
         keep_serving: leave the service running until Ctrl-C.
+        on_ray: serve on a Ray cluster of two nodes, and show what that brings.
 
     Raises:
         MLOpsError: a step failed; says which and why.
@@ -55,8 +56,20 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:
     home = folder / "bentoml"
     home.mkdir(parents=True, exist_ok=True)
     os.environ["BENTOML_HOME"] = str(home)
-    base = model or str(files("mlops.demo") / "base_model")
     tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    bento_tag = _make_bento(model, folder, tracking_uri, console)
+    if on_ray:
+        from mlops.demo.cluster import show_cluster
+
+        show_cluster(bento_tag, folder, console, keep_serving)
+    else:
+        _serve_and_ask(bento_tag, folder, tracking_uri, console, keep_serving)
+    console.print(f"done in {time.perf_counter() - start:.0f} s", style="green")
+
+
+def _make_bento(model: str | None, folder: Path, tracking_uri: str, console: Console) -> str:
+    """Train, track and package; returns the Bento's tag."""
+    base = model or str(files("mlops.demo") / "base_model")
 
     from mlops.client import create_client
     from mlops.serving.bentoml.packager import package_model
@@ -77,22 +90,27 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool) -> None:
         for name, tag in {"base": result["model_tag"], **result["adapter_tags"]}.items():
             console.print(f"{name:<10} {tag}")
         console.print(f"{'bento':<10} {result['bento_tag']}")
+    return str(result["bento_tag"])
 
+
+def _serve_and_ask(
+    bento_tag: str, folder: Path, tracking_uri: str, console: Console, keep_serving: bool
+) -> None:
     console.rule("4. Serve and ask over HTTP", align="left")
     port = service.free_port(3000 if keep_serving else 0)
+    home = folder / "bentoml"
     with (
-        console.status(f"bentoml serve {result['bento_tag']} …") as status,
-        service.served(result["bento_tag"], home, folder / "serve.log", port) as url,
+        console.status(f"bentoml serve {bento_tag} …") as status,
+        service.served(bento_tag, home, folder / "serve.log", port) as url,
     ):
         status.update("asking all at once …")
-        answers = _ask(url)
+        answers = ask_everything(url)
         status.stop()
         console.print(answers)
         _say_how_they_ran(console, service.metrics(url)["engine"]["steps"])
-        _say_how_to_go_on(console, folder, tracking_uri, result["bento_tag"])
-        console.print(f"done in {time.perf_counter() - start:.0f} s", style="green")
+        _say_how_to_go_on(console, folder, tracking_uri, bento_tag)
         if keep_serving:
-            _wait_for_interrupt(console, url)
+            wait_for_interrupt(console, url)
 
 
 def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dict[str, str | Path]:
@@ -123,7 +141,7 @@ def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dic
     return adapters
 
 
-def _ask(url: str) -> Table:
+def ask_everything(url: str) -> Table:
     """The same questions to the base and to each adapter, all at the same time."""
     names = ("base", *(lesson.name for lesson in LESSONS))
     asked = list(itertools.product(QUESTIONS, names))
@@ -189,7 +207,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _wait_for_interrupt(console: Console, url: str) -> None:
+def wait_for_interrupt(console: Console, url: str) -> None:
     console.print(
         f"\nserving at {url} until Ctrl-C; for instance:\n"
         f"  curl {url}/predict -H 'Content-Type: application/json' "

@@ -21,6 +21,7 @@ from mlops.serving.bentoml.config import (
     ServingBackend,
 )
 from mlops.serving.bentoml.http_options import HTTPOptions, LogFormat
+from mlops.serving.bentoml.ray_options import RayOptions
 
 LINE = "a" * 255
 NOT_TEXT = [1, b"a", ["a"], ""]
@@ -37,6 +38,7 @@ GOOD: dict[str, list[Any]] = {
     "workers": [1, 2, 256],
     "max_batch_size": [1, 32, 1024],
     "max_latency_ms": [0, 10, 1000],
+    "max_resident_adapters": [None, 1, 1_000_000],
     "timeout": [1, 0.5, 86_400],
     "host": ["127.0.0.1", "0.0.0.0", "::1", "localhost"],  # noqa: S104
     "port": [1, 3000, 65_535],
@@ -52,6 +54,7 @@ GOOD: dict[str, list[Any]] = {
     "ray_deployment_name": [None, "adapters"],
     "ray_min_replicas": [None, 1, 4],
     "ray_max_replicas": [None, 1, 1000],
+    "ray": [RayOptions(num_gpus=0.5, resources={"accelerator": 1})],
     "labels": [{}, {"env": "production", "note": ""}],
 }
 
@@ -69,6 +72,7 @@ BAD: dict[str, list[Any]] = {
     "workers": [0, -1, 257, 1.0, True, "2", None],
     "max_batch_size": [0, 1025, True, "32", 1.5],
     "max_latency_ms": [-1, 600_001, 0.5, False],
+    "max_resident_adapters": [0, -1, 1_000_001, 1.0, True, "8"],
     "timeout": [0, -1, float("nan"), float("inf"), 86_401, True, "300", None],
     "host": ["", "example.org", "1.2.3", "127.0.0.1:3000", "::1%a\n", None, 1],
     "port": [0, 65_536, "3000", True],
@@ -84,6 +88,7 @@ BAD: dict[str, list[Any]] = {
     "ray_deployment_name": ["", "a#b", "a/b", 1],
     "ray_min_replicas": [0, True, "2"],
     "ray_max_replicas": [0, 1001, 2.0],
+    "ray": [1, "auto", ["num_gpus"]],
     "labels": [None, [], {"a": 1}, {1: "a"}, {"a": "b\n"}, {"": "a"}],
 }
 
@@ -129,6 +134,37 @@ HTTP_BAD: dict[str, list[Any]] = {
     "shutdown_timeout": [-0.1, 86_401, float("inf"), None],
 }
 
+RAY_GOOD: dict[str, list[Any]] = {
+    "route_prefix": [None, "/", "/chat", "/team-a/chat.v2", "/~me"],
+    "target_ongoing_requests": [None, 1, 0.5, 100_000],
+    "upscale_delay_s": [0, 2, 0.5, 86_400],
+    "downscale_delay_s": [0, 300, 0.5, 86_400],
+    "num_gpus": [None, 0, 0.25, 8],
+    "resources": [{}, {"accelerator": 0.5, "node:10.0.0.1": 2}],
+    "model_source": [None, "/mnt/models", "s3://bucket/models"],
+    "adapter_affinity": [True, False],
+    "stuck_after_s": [0.5, 60, 86_400],
+    "max_surge_percent": [0, 25, 100],
+}
+
+RAY_BAD: dict[str, list[Any]] = {
+    "route_prefix": [
+        *NOT_TEXT,
+        *("chat", "/chat/", "//", "/a//b", "/a b", "/..", "/a/../b", "/a?b", "/{id}", "/ä", "/a\n"),
+        *("/-/healthz", "/" + LINE),
+    ],
+    "target_ongoing_requests": [0, -1, float("nan"), 100_001, True, "8"],
+    "upscale_delay_s": [-1, float("inf"), 86_401, True, None, "2"],
+    "downscale_delay_s": [-0.1, float("nan"), 86_401, False, None, "300"],
+    "num_gpus": [-1, 65, float("nan"), True, "1"],
+    "resources": [None, [], {"a": 0}, {"a": -1}, {"a": "1"}, {"a": True}, {"a": float("inf")}]
+    + [{1: 1}, {"": 1}, {"a\n": 1}, {f"r{number}": 1 for number in range(101)}],
+    "model_source": [*NOT_TEXT, "a\nb", "/" + "a" * 4096],
+    "adapter_affinity": NOT_A_FLAG,
+    "stuck_after_s": [0, -1, float("nan"), 86_401, True, None, "60"],
+    "max_surge_percent": [-1, 101, 0.5, True, None, "25"],
+}
+
 
 def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     return [(name, value) for name, values in table.items() for value in values]
@@ -139,6 +175,7 @@ def test_every_field_has_examples_here() -> None:
     assert names == set(GOOD) == set(BAD)
     assert {field.name for field in fields(AppleSiliconOptimization)} == set(APPLE_BAD)
     assert {field.name for field in fields(HTTPOptions)} == set(HTTP_GOOD) == set(HTTP_BAD)
+    assert {field.name for field in fields(RayOptions)} == set(RAY_GOOD) == set(RAY_BAD)
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(GOOD))
@@ -187,6 +224,38 @@ def test_bad_http_options_are_refused_by_name(name: str, value: Any) -> None:
         BentoMLConfig(http={name: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=name):
         setattr(BentoMLConfig().http, name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(RAY_GOOD))
+def test_good_ray_options_are_kept_through_a_file(name: str, value: Any) -> None:
+    config = BentoMLConfig(ray=RayOptions(**{name: value}))
+    assert getattr(config.ray, name) == value
+    written = json.loads(json.dumps(config.to_dict()))
+    assert BentoMLConfig.from_dict(written).ray == config.ray
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(RAY_BAD))
+def test_bad_ray_options_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        RayOptions(**{name: value})
+    with pytest.raises(ConfigError, match=name):
+        BentoMLConfig(ray={name: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=name):
+        setattr(BentoMLConfig().ray, name, value)
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU", "memory", "object_store_memory"])
+def test_what_ray_has_options_of_its_own_for_is_no_further_resource(name: str) -> None:
+    with pytest.raises(ConfigError, match="resources"):
+        RayOptions(resources={name: 1})
+
+
+def test_resources_changed_in_place_are_checked_when_used() -> None:
+    config = BentoMLConfig(serving_backend="ray_serve")
+    config.ray.resources["accelerator"] = -1
+    for use in (config.validate, config.to_ray_serve_config):
+        with pytest.raises(ConfigError, match="resources"):
+            use()
 
 
 def test_runtime_adapters_need_one_worker() -> None:
@@ -295,7 +364,20 @@ def configurations(draw: st.DrawFn) -> BentoMLConfig:
         cpu_per_worker=draw(st.none() | st.floats(0.1, 1024)),
         labels=draw(st.dictionaries(line, line, max_size=4)),
         enable_swagger=draw(flag),
+        max_resident_adapters=draw(st.none() | st.integers(1, 100)),
+        http=HTTPOptions(
+            requests_per_minute=draw(st.none() | st.integers(1, 1000)),
+            cors_origins=draw(st.sampled_from([(), ("*",), ("https://a.example", "*")])),
+            log_format=draw(st.sampled_from(LogFormat)),
+        ),
         ray_serve_enabled=draw(flag),
+        ray_max_replicas=draw(st.none() | st.integers(4, 8)),
+        ray=RayOptions(
+            num_gpus=draw(st.none() | st.sampled_from([0, 0.5, 1])),
+            resources=draw(st.dictionaries(line, st.floats(0.001, 8), max_size=2)),
+            adapter_affinity=draw(flag),
+            max_surge_percent=draw(st.integers(0, 100)),
+        ),
         apple_silicon=AppleSiliconOptimization(
             enable_ane=draw(flag),
             enable_mps=draw(flag),
@@ -309,3 +391,61 @@ def configurations(draw: st.DrawFn) -> BentoMLConfig:
 def test_to_dict_and_from_dict_are_inverse(config: BentoMLConfig) -> None:
     values = json.loads(json.dumps(config.to_dict()))
     assert BentoMLConfig.from_dict(values) == config
+
+
+@given(configurations())
+def test_changes_make_the_same_configuration_from_the_defaults(config: BentoMLConfig) -> None:
+    changes = json.loads(json.dumps(config.changes()))
+    assert BentoMLConfig.from_dict(changes) == config
+    assert BentoMLConfig().with_changes(changes) == config
+    assert config.with_changes({}) == config.with_changes(changes) == config
+
+
+@given(configurations(), configurations())
+def test_what_one_changes_stands_above_the_other_and_the_rest_stays(
+    below: BentoMLConfig, above: BentoMLConfig
+) -> None:
+    both = below.with_changes(above.changes()).to_dict()
+    changed, kept = above.changes(), below.to_dict()
+    for name, value in both.items():
+        if name in {"apple_silicon", "http", "ray"}:
+            assert value == {**kept[name], **changed.get(name, {})}
+        else:
+            assert value == changed.get(name, kept[name])
+
+
+def test_changes_say_nothing_of_defaults() -> None:
+    assert BentoMLConfig().changes() == {}
+    config = BentoMLConfig(workers=2, labels={"team": "ml"}, ray=RayOptions(num_gpus=0))
+    config.http.log_prompts = True
+    assert config.changes() == {
+        "workers": 2,
+        "labels": {"team": "ml"},
+        "http": {"log_prompts": True},
+        "ray": {"num_gpus": 0},
+    }
+
+
+def test_with_changes_leaves_the_first_as_it_was() -> None:
+    first = BentoMLConfig(http=HTTPOptions(log_prompts=True))
+    second = first.with_changes({"timeout": 20, "http": {"requests_per_minute": 6}})
+    assert first == BentoMLConfig(http=HTTPOptions(log_prompts=True))
+    assert (second.timeout, second.http) == (
+        20,
+        HTTPOptions(log_prompts=True, requests_per_minute=6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"worker": 2}, "did you mean 'workers'"),
+        ({"ray": {"gpus": 1}}, "gpus"),
+        ({"http": {"requests_per_minute": 0}}, "requests_per_minute"),
+        ({"ray_max_replicas": 1}, "ray_max_replicas"),
+        ({"timeout": 0.005}, "max_latency_ms"),
+    ],
+)
+def test_changes_that_cannot_be_are_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        BentoMLConfig(workers=2).with_changes(values)

@@ -13,6 +13,7 @@ import yaml
 from mlops.errors import ConfigError
 from mlops.serving.bentoml.config import AppleSiliconOptimization, BentoMLConfig, ModelFramework
 from mlops.serving.bentoml.http_options import HTTPOptions
+from mlops.serving.bentoml.ray_options import RayOptions
 
 GUIDE_BENTOFILE = """
 runner:
@@ -65,6 +66,21 @@ def test_a_table_stands_where_a_file_does() -> None:
     assert config.apple_silicon.enable_ane
 
 
+def test_ray_options_are_layered_field_by_field(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "service.toml",
+        "[ray]\nnum_gpus = 1\nroute_prefix = '/a'\nresources = {a = 1}\nstuck_after_s = 5\n",
+    )
+    environ = {"MLOPS_RAY__ROUTE_PREFIX": "/b", "MLOPS_RAY__RESOURCES": "b=2"}
+    config = BentoMLConfig.load(file, environ, ray={"stuck_after_s": 6})
+    assert config.ray == RayOptions(
+        num_gpus=1, route_prefix="/b", resources={"b": 2}, stuck_after_s=6
+    )
+    whole = BentoMLConfig.load(file, environ, ray=RayOptions(num_gpus=0))
+    assert whole.ray == RayOptions(num_gpus=0)
+
+
 def test_the_environment_is_read_by_load_and_from_file_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +104,14 @@ def test_the_environment_is_read_by_load_and_from_file_only(
         ("MLOPS_MODEL_VERSION", "1.0", "model_version", "1.0"),
         ("MLOPS_MEMORY_PER_WORKER_MB", "512", "memory_per_worker_mb", 512),
         ("MLOPS_LABELS", "team=ml, note=a=b", "labels", {"team": "ml", "note": "a=b"}),
+        ("MLOPS_MAX_RESIDENT_ADAPTERS", "8", "max_resident_adapters", 8),
+        ("MLOPS_RAY_ADDRESS", "auto", "ray_address", "auto"),
+        ("MLOPS_RAY__ROUTE_PREFIX", "/chat", "ray", RayOptions(route_prefix="/chat")),
+        ("MLOPS_RAY__NUM_GPUS", "0.5", "ray", RayOptions(num_gpus=0.5)),
+        ("MLOPS_RAY__UPSCALE_DELAY_S", "0", "ray", RayOptions(upscale_delay_s=0)),
+        ("MLOPS_RAY__ADAPTER_AFFINITY", "no", "ray", RayOptions(adapter_affinity=False)),
+        ("MLOPS_RAY__RESOURCES", "a=1, b=0.5", "ray", RayOptions(resources={"a": 1, "b": 0.5})),
+        ("MLOPS_RAY", "auto", "ray", RayOptions()),
         ("MLOPS_WORKERS", "", "workers", 1),
         ("MLOPS_DEBUG", "1", "workers", 1),
     ],
@@ -105,6 +129,13 @@ def test_environment(variable: str, written: str, field: str, value: Any) -> Non
         ("MLOPS_ENABLE_METRICS", "maybe"),
         ("MLOPS_LABELS", "team"),
         ("MLOPS_MODEL_FRAMEWORK", "keras"),
+        ("MLOPS_MAX_RESIDENT_ADAPTERS", "none"),
+        ("MLOPS_RAY__ROUTE_PREFIX", "chat"),
+        ("MLOPS_RAY__NUM_GPUS", "one"),
+        ("MLOPS_RAY__RESOURCES", "a"),
+        ("MLOPS_RAY__RESOURCES", "a=0"),
+        ("MLOPS_RAY__MAX_SURGE_PERCENT", "25%"),
+        ("MLOPS_RAY__GPUS", "1"),
         ("MLOPS_APPLE_SILICON__ENABLE_ANE", "2"),
         ("MLOPS_APPLE_SILICON__ENABLE_AN", "1"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from mlops.errors import ConfigError
 from mlops.serving.bentoml.config import BentoMLConfig, ServingBackend
+from mlops.serving.bentoml.ray_options import RayOptions
 
 
 @pytest.fixture
@@ -100,14 +101,23 @@ def test_the_guides_hybrid_configuration() -> None:
         "name": "my_service",
         "max_ongoing_requests": 64,
         "max_queued_requests": 256,
-        "health_check_period_s": 10,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "health_check_period_s": 2,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": 300,
+        "graceful_shutdown_wait_loop_s": 1,
+        "max_constructor_retry_count": 3,
+        "max_surge_percent": 25,
         "ray_actor_options": {"num_cpus": 1},
         "autoscaling_config": {
             "min_replicas": 1,
+            "initial_replicas": 1,
             "max_replicas": 4,
             "target_ongoing_requests": 32,
+            "upscale_delay_s": 2,
+            "downscale_delay_s": 300,
+            "metrics_interval_s": 0.5,
+            "look_back_period_s": 2,
         },
     }
 
@@ -128,6 +138,61 @@ def test_ray_resources_and_replicas() -> None:
     assert "num_replicas" not in told
     assert told["autoscaling_config"]["min_replicas"] == 2
     assert told["autoscaling_config"]["max_replicas"] == 3
+
+
+def test_ray_options_reach_ray() -> None:
+    config = BentoMLConfig(
+        serving_backend="ray_serve",
+        max_batch_size=8,
+        timeout=60,
+        ray=RayOptions(
+            target_ongoing_requests=5,
+            upscale_delay_s=0,
+            downscale_delay_s=20,
+            num_gpus=0.5,
+            resources={"accelerator": 2},
+            max_surge_percent=0,
+        ),
+    )
+    told = config.to_ray_serve_config()
+    assert (told["max_ongoing_requests"], told["max_queued_requests"]) == (16, 64)
+    assert told["graceful_shutdown_timeout_s"] == 60
+    assert told["max_surge_percent"] == 0
+    assert told["ray_actor_options"] == {
+        "num_cpus": 1,
+        "num_gpus": 0.5,
+        "resources": {"accelerator": 2},
+    }
+    scaling = told["autoscaling_config"]
+    assert scaling["target_ongoing_requests"] == 5
+    assert (scaling["upscale_delay_s"], scaling["downscale_delay_s"]) == (0, 20)
+    assert scaling["look_back_period_s"] > scaling["metrics_interval_s"]  # Ray will refuse less
+    config.ray.num_gpus = 0
+    config.ray.resources.clear()
+    assert config.to_ray_serve_config()["ray_actor_options"] == {"num_cpus": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "replicas"),
+    [
+        ({}, (1, 4)),
+        ({"workers": 2}, (2, 4)),
+        ({"workers": 6}, (6, 6)),
+        ({"workers": 2, "ray_min_replicas": 1, "ray_max_replicas": 1}, (1, 1)),
+        ({"ray_min_replicas": 8}, (8, 8)),
+        ({"ray_max_replicas": 9}, (1, 9)),
+    ],
+)
+def test_how_many_replicas_there_are(fields: dict[str, int], replicas: tuple[int, int]) -> None:
+    config = BentoMLConfig(serving_backend="hybrid", **fields)  # type: ignore[arg-type]
+    low, high = config.ray_replicas
+    assert (low, high) == replicas
+    if low == high:
+        assert config.ray_scaling() == {"num_replicas": low}
+    else:
+        scaling = config.ray_scaling()["autoscaling_config"]
+        assert (scaling["min_replicas"], scaling["max_replicas"]) == replicas
+        assert scaling["initial_replicas"] == low
 
 
 def test_ray_is_asked_for_by_backend_or_flag() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from mlops.errors import ConfigError
-from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, access, create_app
-from mlops.serving.http.access import Access, Limits, guards, read_api_keys
+from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
+from mlops.serving.http import limits as limits_module
+from mlops.serving.http.access import Access, guards, read_api_keys
+from mlops.serving.http.limits import Limits
+from mlops.serving.http.paths import handed_over, is_handed_over
 from mlops.serving.http.records import RequestRecord
 
 KEY = "a-key-of-the-first-team"
@@ -39,11 +43,13 @@ def serving() -> Iterator[Callable[..., TestClient]]:
     """Makes a client of a service with these settings, and of the app behind it."""
     hosts = []
 
-    def serve(settings: HTTPSettings, inner: Starlette | None = None) -> TestClient:
+    def serve(
+        settings: HTTPSettings, inner: Starlette | None = None, limits: Limits | None = None
+    ) -> TestClient:
         hosts.append(RunnerHost(EchoRunner))
         hosts[-1].start()
-        app = create_app(Served(hosts[-1], ServiceInfo("s"), settings), inner=inner)
-        return TestClient(app, raise_server_exceptions=False)
+        served = Served(hosts[-1], ServiceInfo("s"), settings, limits=limits)
+        return TestClient(create_app(served, inner=inner), raise_server_exceptions=False)
 
     yield serve
     for host in hosts:
@@ -174,19 +180,72 @@ def test_open_paths_are_for_reading(client: TestClient, method: str, path: str) 
     assert asyncio.run(status_of(client, method, path)) == 401
 
 
-async def status_of(client: TestClient, method: str, path: str) -> int:
+async def status_of(
+    client: TestClient, method: str, path: str, *, headers: Any = (), **scope: Any
+) -> int:
     """With the path as it is: a client would tidy it up."""
     statuses = []
+    unread = [{"type": "http.request", "body": b'{"text": "a"}', "more_body": False}]
 
     async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return unread.pop() if unread else await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         statuses.append(message.get("status"))
 
-    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
-    await client.app(scope, receive, send)  # type: ignore[arg-type]
+    asked = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+    await client.app({**asked, "query_string": b"", **scope}, receive, send)  # type: ignore[arg-type]
     return int(statuses[0])
+
+
+JSON_HEADER = (b"content-type", b"application/json")
+
+
+def test_what_another_replica_has_let_in_needs_no_key(serving: Callable[..., TestClient]) -> None:
+    client = serving(HTTPSettings(api_keys=(KEY,), requests_per_minute=1))
+    told = handed_over({"type": "http", "method": "POST", "path": "/predict", "headers": []})
+    assert is_handed_over(told)
+    told |= {"query_string": b"", "headers": [JSON_HEADER]}
+    for _ in range(3):
+        assert asyncio.run(status_of(client, **told)) == 200
+    asked = asyncio.run(status_of(client, "POST", "/predict", headers=[JSON_HEADER]))
+    assert asked == 401
+
+
+@pytest.mark.parametrize("name", ["mlops.handed_over", "mlops-handed-over", "mlops_handed_over"])
+@pytest.mark.parametrize("value", ["true", "1", "{}"])
+def test_no_client_can_say_that_it_was_let_in(client: TestClient, name: str, value: str) -> None:
+    response = client.post(
+        f"/predict?{name}={value}",
+        headers={name: value, "Cookie": f"{name}={value}"},
+        json={"text": "a", name: True},
+    )
+    assert response.status_code == 401
+
+
+@given(st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=40)), max_size=5))
+def test_no_header_makes_a_request_one_that_was_let_in(headers: list[tuple[bytes, bytes]]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("let in")
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+    assert not is_handed_over(scope)
+    with pytest.raises(HTTPException) as refused:
+        asyncio.run(Access(app, WITH_KEYS)(scope, None, None))  # type: ignore[arg-type]
+    assert refused.value.status_code == 401
+
+
+def test_another_replica_is_told_plain_values_only(client: TestClient) -> None:
+    scope = {
+        **{"type": "http", "http_version": "1.1", "method": "POST", "scheme": "https"},
+        **{"path": "/a/predict", "raw_path": b"/a/predict", "root_path": "/a"},
+        **{"query_string": b"x=1", "headers": [JSON_HEADER], "client": ("192.0.2.7", 5)},
+        "server": ("127.0.0.1", 80),
+    }
+    inside = {"app": client.app, "state": {}, "router": object(), "mlops.record": object()}
+    told = pickle.loads(pickle.dumps(handed_over({**scope, **inside})))  # noqa: S301
+    assert {name: told.pop(name) for name in scope} == scope
+    assert len(told) == 1  # the mark
 
 
 def test_what_others_add_is_not_open(serving: Callable[..., TestClient]) -> None:
@@ -360,7 +419,7 @@ def test_a_refused_request_counts_for_nothing() -> None:
 
 
 def test_a_flood_of_addresses_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access, "MAX_CLIENTS", 50)
+    monkeypatch.setattr(limits_module, "MAX_CLIENTS", 50)
     limits = Limits(1, 2, Clock())
     slow = limits.enter("slow")
     for number in range(1000):
@@ -393,6 +452,37 @@ def test_what_a_limited_client_is_told(serving: Callable[..., TestClient]) -> No
         "code": "rate_limit_exceeded",
     }
     assert client.post("/predict", **ASK).json()["error"]["type"] == "TooManyRequests"
+
+
+def test_limits_can_be_changed_while_it_runs(serving: Callable[..., TestClient]) -> None:
+    limits = Limits(None, None)
+    client = serving(HTTPSettings(requests_per_minute=1), limits=limits)
+
+    def statuses(number: int) -> list[int]:
+        return [client.get("/v1/models").status_code for _ in range(number)]
+
+    assert statuses(5) == [200] * 5  # the settings' limits are not asked
+    limits.per_minute = 2
+    assert statuses(3) == [200, 200, 429]
+    limits.per_minute = None
+    assert statuses(3) == [200] * 3
+    limits.at_once = 1
+    assert statuses(3) == [200] * 3
+    running = limits.enter("testclient")
+    assert statuses(1) == [429]
+    limits.leave(running)
+    limits.at_once = None
+    assert statuses(1) == [200]
+
+
+def test_a_lower_limit_counts_what_runs_already() -> None:
+    limits = Limits(None, 3)
+    running = [limits.enter("a") for _ in range(3)]
+    limits.at_once = 1
+    for one in running:
+        assert outcome(limits) == 1
+        limits.leave(one)
+    assert outcome(limits) is None
 
 
 @pytest.mark.parametrize("ending", ["answered", "failed", "left"])

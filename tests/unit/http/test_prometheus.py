@@ -274,6 +274,29 @@ def test_times_of_a_generation() -> None:
     assert at(values, "mlops_requests_total", route="/predict", status="200", adapter="formal") == 1
 
 
+def test_another_exporter_is_told_of_all_that_histograms_take_in() -> None:
+    metrics = Metrics(INFO)
+    sums: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    metrics.on_observed = lambda name, labels, value: sums.setdefault((name, labels), []).append(
+        value
+    )
+    for duration_s in (0.5, 0.25):
+        answered = record(duration_s=duration_s)
+        answered.note(PREDICTION)
+        metrics.on_request(answered)
+    metrics.on_request(record(status=504, timings={"queue_ms": 3.0}))
+    taken_in = {
+        sample.name.removesuffix("_sum"): sample.value
+        for family in metrics.collect()
+        if family.type == "histogram"
+        for sample in family.samples
+        if sample.name.endswith("_sum")
+    }
+    assert sums["mlops_e2e_request_latency_seconds", ("/predict",)] == [0.5, 0.25]
+    assert {name: pytest.approx(sum(values)) for (name, _), values in sums.items()} == taken_in
+    assert len(taken_in) == 4
+
+
 def test_failures_are_in_no_histogram() -> None:
     metrics = Metrics(INFO)
     metrics.on_request(record(status=504, timings={"queue_ms": 3.0}))

@@ -320,7 +320,7 @@ def _create(
         },
     )
     try:
-        with _private_import():
+        with private_import():
             # "no_image" selects the layout whose env/python/wheels holds our wheel.
             bento = Bento.create(
                 config, version=version, build_ctx=str(context), enabled_features=["no_image"]
@@ -339,7 +339,7 @@ def _create(
 
 
 @contextlib.contextmanager
-def _private_import() -> Iterator[None]:
+def private_import() -> Iterator[None]:
     """Let BentoML import our `service.py` and leave no trace of that in this process.
 
     BentoML changes the working directory and the import path, and does not change them back when

@@ -18,6 +18,7 @@ from mlops.serving.bentoml import config_values as allow
 from mlops.serving.bentoml.config_sources import flatten_batching, read_environment, read_file
 from mlops.serving.bentoml.config_values import CheckedFields, Rule
 from mlops.serving.bentoml.http_options import HTTPOptions
+from mlops.serving.bentoml.ray_options import RayOptions
 
 if TYPE_CHECKING:
     from mlops.hardware import HardwareInfo
@@ -29,6 +30,9 @@ _GIB = 1 << 30
 _MIB = 1 << 20
 _MAX_BATCH_SIZE = 1024
 _MAX_RAY_REPLICAS = 4
+_HEALTH_CHECK_S = 2
+_LOADING_TRIES = 3
+_LOAD_SAMPLE_S = 0.5
 _EARLY_CHIPS = frozenset({"M1", "M2"})  # kept to one worker and small batches: they heat up
 _THERMAL_DIVISOR = {"serious": 2, "critical": _MAX_BATCH_SIZE}
 # BentoML keeps services and these settings in one table: a service so named breaks it.
@@ -117,9 +121,10 @@ class AppleSiliconOptimization(CheckedFields):
         return max(1, limit)
 
 
-_SECTIONS: dict[str, type[AppleSiliconOptimization] | type[HTTPOptions]] = {
+_SECTIONS: dict[str, type[AppleSiliconOptimization | HTTPOptions | RayOptions]] = {
     "apple_silicon": AppleSiliconOptimization,
     "http": HTTPOptions,
+    "ray": RayOptions,
 }
 
 
@@ -154,6 +159,7 @@ class BentoMLConfig(CheckedFields):
             replicas to start with.
         max_batch_size: requests computed together, at most.
         max_latency_ms: the longest that a request waits for its batch to fill; 0 is no wait.
+        max_resident_adapters: adapters that one worker holds in memory; None is as many as fit.
         timeout: seconds until a request is given up and answered with 504.
         host, port: the address to listen on.
         enable_swagger: offer BentoML's page that describes the API.
@@ -171,6 +177,7 @@ class BentoMLConfig(CheckedFields):
         ray_deployment_name: the deployment's name; by default the service's.
         ray_min_replicas: by default `workers`.
         ray_max_replicas: by default 4, or `ray_min_replicas` when that is more.
+        ray: resources, scaling and routes of the replicas.
         labels: kept with the service.
 
     Raises:
@@ -187,6 +194,7 @@ class BentoMLConfig(CheckedFields):
     workers: int = 1
     max_batch_size: int = 32
     max_latency_ms: int = 10
+    max_resident_adapters: int | None = None
     timeout: float = 300
     host: str = "127.0.0.1"
     port: int = 3000
@@ -202,6 +210,7 @@ class BentoMLConfig(CheckedFields):
     ray_deployment_name: str | None = None
     ray_min_replicas: int | None = None
     ray_max_replicas: int | None = None
+    ray: RayOptions = field(default_factory=RayOptions)
     labels: dict[str, str] = field(default_factory=dict)
 
     _rules: ClassVar[Mapping[str, Rule]] = {
@@ -220,6 +229,7 @@ class BentoMLConfig(CheckedFields):
         "workers": allow.whole_number(1, 256),
         "max_batch_size": allow.whole_number(1, _MAX_BATCH_SIZE),
         "max_latency_ms": allow.whole_number(0, 600_000),
+        "max_resident_adapters": allow.optional(allow.whole_number(1, 1_000_000)),
         "timeout": allow.positive_number(86_400),
         "host": allow.host(),
         "port": allow.whole_number(1, 65_535),
@@ -237,6 +247,7 @@ class BentoMLConfig(CheckedFields):
         ),
         "ray_min_replicas": allow.optional(allow.whole_number(1, 1000)),
         "ray_max_replicas": allow.optional(allow.whole_number(1, 1000)),
+        "ray": _section("ray"),
         "labels": allow.labels(),
     }
 
@@ -255,6 +266,7 @@ class BentoMLConfig(CheckedFields):
         super().validate()
         self.apple_silicon.validate()
         self.http.validate()
+        self.ray.validate()
         self._check_together()
 
     @classmethod
@@ -266,7 +278,7 @@ class BentoMLConfig(CheckedFields):
     ) -> BentoMLConfig:
         """The configuration from arguments, the environment, a file and the defaults.
 
-        `apple_silicon` and `http` are layered field by field; any other field is taken whole.
+        `apple_silicon`, `http` and `ray` are layered field by field; others are taken whole.
 
         Args:
             source: a YAML or TOML file, or a table with what such a file would say.
@@ -335,6 +347,19 @@ class BentoMLConfig(CheckedFields):
         """Every field as JSON and YAML types; `from_dict` reads it back."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
+    def changes(self) -> dict[str, Any]:
+        """As `to_dict`, what differs from the defaults alone."""
+        changed: dict[str, Any] = _difference(self.to_dict(), BentoMLConfig().to_dict())
+        return changed
+
+    def with_changes(self, values: Mapping[str, Any]) -> BentoMLConfig:
+        """A configuration with these values above its own, section by section.
+
+        Raises:
+            ConfigError: a field is unknown or holds what it may not.
+        """
+        return BentoMLConfig(**_layered(self.to_dict(), _checked(values)))
+
     def to_bentoml_config(self) -> dict[str, Any]:
         """Keyword arguments for `bentoml.service`, other than `name`.
 
@@ -370,7 +395,8 @@ class BentoMLConfig(CheckedFields):
         """Keyword arguments for `ray.serve.deployment`.
 
         A replica is sent one batch to compute and one that waits; a replica is added when the
-        average one has more than a full batch to do.
+        average one has more than a full batch to do. Eight more batches wait in each of Ray's
+        proxies; what comes then is a 429.
 
         Raises:
             ConfigError: the service does not run on Ray Serve, or see `validate`.
@@ -381,28 +407,46 @@ class BentoMLConfig(CheckedFields):
                 f"serving_backend is {self.effective_backend.value!r}; "
                 "use 'hybrid' or 'ray_serve' to run on Ray Serve"
             )
-        low, high = self._ray_replicas()
         actor: dict[str, Any] = {"num_cpus": self.cpu_per_worker or 1}
         if self.memory_per_worker_mb is not None:
             actor["memory"] = self.memory_per_worker_mb * _MIB
-        config: dict[str, Any] = {
+        if self.ray.num_gpus:
+            actor["num_gpus"] = self.ray.num_gpus
+        if self.ray.resources:
+            actor["resources"] = dict(self.ray.resources)
+        return {
             "name": self.ray_deployment_name or self.service_name,
             "max_ongoing_requests": 2 * self.max_batch_size,
             "max_queued_requests": 8 * self.max_batch_size,
-            "health_check_period_s": 10,
+            "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+            "health_check_period_s": _HEALTH_CHECK_S,
             "health_check_timeout_s": 30,
             "graceful_shutdown_timeout_s": self.timeout,
+            "graceful_shutdown_wait_loop_s": 1,
+            "max_constructor_retry_count": _LOADING_TRIES,
+            "max_surge_percent": self.ray.max_surge_percent,
             "ray_actor_options": actor,
+            **self.ray_scaling(),
         }
+
+    def ray_scaling(self) -> dict[str, Any]:
+        """How many replicas Ray Serve runs: `num_replicas`, or `autoscaling_config`."""
+        low, high = self.ray_replicas
         if low == high:
-            config["num_replicas"] = low
-        else:
-            config["autoscaling_config"] = {
+            return {"num_replicas": low}
+        delay_s = self.ray.upscale_delay_s
+        return {
+            "autoscaling_config": {
                 "min_replicas": low,
+                "initial_replicas": low,
                 "max_replicas": high,
-                "target_ongoing_requests": self.max_batch_size,
+                "target_ongoing_requests": self.ray.target_ongoing_requests or self.max_batch_size,
+                "upscale_delay_s": delay_s,
+                "downscale_delay_s": self.ray.downscale_delay_s,
+                "metrics_interval_s": _LOAD_SAMPLE_S,
+                "look_back_period_s": max(_LOAD_SAMPLE_S, delay_s),
             }
-        return config
+        }
 
     @property
     def effective_backend(self) -> ServingBackend:
@@ -497,12 +541,14 @@ class BentoMLConfig(CheckedFields):
             ]
         return notes
 
-    def _ray_replicas(self) -> tuple[int, int]:
+    @property
+    def ray_replicas(self) -> tuple[int, int]:
+        """The fewest and the most replicas on Ray Serve."""
         low = self.ray_min_replicas or self.workers
         return low, self.ray_max_replicas or max(low, _MAX_RAY_REPLICAS)
 
     def _check_together(self) -> None:
-        low, high = self._ray_replicas()
+        low, high = self.ray_replicas
         if low > high:
             raise allow.not_allowed(
                 "BentoMLConfig.ray_max_replicas",
@@ -533,6 +579,15 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
+def _difference(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that differ; of a section, its fields that differ."""
+    return {
+        name: _difference(value, others[name]) if name in _SECTIONS else value
+        for name, value in values.items()
+        if value != others[name]
+    }
+
+
 def _file(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -561,7 +616,7 @@ def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for name, value in layer.items():
             below = values.get(name)
-            if isinstance(below, AppleSiliconOptimization | HTTPOptions):
+            if isinstance(below, AppleSiliconOptimization | HTTPOptions | RayOptions):
                 below = asdict(below)
             if name in _SECTIONS and isinstance(value, Mapping) and below:
                 values[name] = {**below, **value}

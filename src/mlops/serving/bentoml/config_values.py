@@ -221,6 +221,22 @@ def labels() -> Rule:
     return Rule("a table of at most 100 texts to texts, such as team=ml,env=test", accept, parse)
 
 
+def amounts() -> Rule:
+    """A table of text to numbers; `name=value,name=value` in the environment."""
+    line, amount = text(), positive_number(1e9)
+
+    def accept(value: Any) -> dict[str, float]:
+        if not isinstance(value, Mapping) or len(value) > 100:
+            raise ValueError
+        return {line.accept(name): amount.accept(item) for name, item in value.items()}
+
+    def parse(written: str) -> dict[str, float]:
+        pairs = [part.partition("=") for part in written.split(",")]
+        return {name.strip(): float(item) for name, _, item in pairs}
+
+    return Rule("a table of at most 100 texts to numbers above 0, such as a=1,b=0.5", accept, parse)
+
+
 def origins() -> Rule:
     """Origins of web pages; between commas in the environment."""
     origin = text(pattern=r"\*|https?://[A-Za-z0-9.\[\]:_-]+")

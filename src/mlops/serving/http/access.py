@@ -13,13 +13,9 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-import math
 import os
 import stat
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mlops.errors import ConfigError
 from mlops.serving.http import docs_page
 from mlops.serving.http.errors import Failures
-from mlops.serving.http.paths import route_path
+from mlops.serving.http.limits import Limits
+from mlops.serving.http.paths import is_handed_over, route_path
 from mlops.serving.http.records import record_of
 from mlops.serving.http.settings import HTTPSettings
 
@@ -41,19 +38,18 @@ KEYS_VARIABLE = "MLOPS_API_KEYS"
 MIN_KEY_LENGTH = 16
 MAX_KEYS = 1000
 MAX_FILE_BYTES = 1024 * 1024
-MAX_CLIENTS = 10_000
-"""Clients that are remembered; a flood of addresses costs no more memory than these."""
-
 PROBES = frozenset({"/health", "/livez", "/readyz", "/healthz"})
 """`/healthz` is BentoML's."""
 
-_BURST_S = 60.0
-_ROUNDING_S = 1e-6
 _EXPOSED_HEADERS = ("X-Request-Id", "Retry-After")
 
 
-def guards(settings: HTTPSettings) -> list[Middleware]:
-    """What stands before the routes, outermost first: as little as the settings need."""
+def guards(settings: HTTPSettings, limits: Limits | None = None) -> list[Middleware]:
+    """What stands before the routes, outermost first: as little as the settings need.
+
+    Args:
+        limits: of each client, where they may change; otherwise those of the settings.
+    """
     chain = [Middleware(Failures)]
     if settings.cors_origins:
         # Outermost: a browser hides an error from its page when the headers are missing. A page
@@ -66,9 +62,9 @@ def guards(settings: HTTPSettings) -> list[Middleware]:
             expose_headers=_EXPOSED_HEADERS,
         )
         chain.insert(0, cors)
-    limits = (settings.requests_per_minute, settings.max_concurrent_requests)
-    if settings.api_keys or any(limit is not None for limit in limits):
-        chain.append(Middleware(Access, settings=settings))
+    asked = (settings.requests_per_minute, settings.max_concurrent_requests)
+    if limits is not None or settings.api_keys or any(limit is not None for limit in asked):
+        chain.append(Middleware(Access, settings=settings, limits=limits))
     return chain
 
 
@@ -80,14 +76,15 @@ class Access:
     It raises an `HTTPException`, which `Failures` in front of it answers.
     """
 
-    def __init__(self, app: ASGIApp, settings: HTTPSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: HTTPSettings, limits: Limits | None = None) -> None:
         self._app = app
         self._keys = Keys(settings.api_keys)
-        self._limits = Limits(settings.requests_per_minute, settings.max_concurrent_requests)
+        asked = (settings.requests_per_minute, settings.max_concurrent_requests)
+        self._limits = Limits(*asked) if limits is None else limits
         self._open_paths = PROBES | docs_page.PATHS if settings.enable_docs else PROBES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_open(scope):
+        if scope["type"] == "lifespan" or self._is_open(scope) or is_handed_over(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -148,90 +145,6 @@ class Keys:
                 {"WWW-Authenticate": 'Bearer error="invalid_token"'},
             )
         return found
-
-
-@dataclass(slots=True)
-class Client:
-    """What one client has used.
-
-    Attributes:
-        whole_s: of the clock; when it may send a whole minute's requests at once again.
-    """
-
-    whole_s: float = -math.inf
-    num_running: int = 0
-
-
-class Limits:
-    """Requests of each client: how many a minute, and how many at one time.
-
-    A client may save up a minute's requests and send them at once; then they come at the even rate.
-    (The generic cell rate algorithm: one time for each client, no timer.) Not for several threads.
-
-    Args:
-        per_minute, at_once: None is no limit.
-        clock: seconds; never goes back.
-    """
-
-    def __init__(
-        self,
-        per_minute: int | None,
-        at_once: int | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._per_minute = per_minute
-        self._at_once = at_once
-        self._clock = clock
-        self._clients: OrderedDict[str, Client] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._clients)
-
-    def enter(self, name: str) -> Client:
-        """Count a request in; its end is told to `leave`.
-
-        Raises:
-            HTTPException: 429, one of the limits is reached. Such a request counts for nothing.
-        """
-        client = self._find(name)
-        if self._at_once is not None and client.num_running >= self._at_once:
-            raise _too_many(
-                f"{client.num_running} of your requests are being answered, which is the limit", 1
-            )
-        if self._per_minute is not None:
-            now = self._clock()
-            whole_s = max(client.whole_s, now) + 60 / self._per_minute
-            wait_s = whole_s - now - _BURST_S
-            if wait_s > _ROUNDING_S:
-                raise _too_many(
-                    f"you may send {self._per_minute} requests a minute, which is the limit", wait_s
-                )
-            client.whole_s = whole_s
-        client.num_running += 1
-        return client
-
-    def leave(self, client: Client) -> None:
-        """Count a request out."""
-        client.num_running -= 1
-
-    def _find(self, name: str) -> Client:
-        client = self._clients.get(name)
-        if client is None:
-            self._make_room()
-            client = self._clients[name] = Client()
-        else:
-            self._clients.move_to_end(name)
-        return client
-
-    def _make_room(self) -> None:
-        """Forget who has been silent for longest. Clients with running requests stay known."""
-        for _ in range(2):  # so the number goes down again when those that stayed have ended
-            if len(self._clients) >= MAX_CLIENTS:
-                name, client = next(iter(self._clients.items()))
-                if client.num_running:
-                    self._clients.move_to_end(name)
-                else:
-                    del self._clients[name]
 
 
 def read_api_keys(path: str | None, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -326,8 +239,3 @@ def _network(scope: Mapping[str, Any]) -> str:
     if parsed.ipv4_mapped:
         return str(parsed.ipv4_mapped)
     return f"{ipaddress.IPv6Address(int(parsed) >> 64 << 64)}/64"
-
-
-def _too_many(message: str, wait_s: float) -> HTTPException:
-    wait = max(1, math.ceil(wait_s))
-    return HTTPException(429, f"{message}: try again in {wait} s", {"Retry-After": str(wait)})

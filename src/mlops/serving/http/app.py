@@ -55,7 +55,11 @@ def create_app(
     served.paths = frozenset(route.path for route in routes if "{" not in route.path)
     app = Starlette(
         routes=routes,
-        middleware=[*middleware, Middleware(Front, served=served), *guards(served.settings)],
+        middleware=[
+            *middleware,
+            Middleware(Front, served=served),
+            *guards(served.settings, served.limits),
+        ],
         exception_handlers={HTTPException: _failed, Exception: _failed},
     )
     if inner is not None:

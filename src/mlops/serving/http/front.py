@@ -96,6 +96,10 @@ class Front:
         if record.error and record.status < 400:
             record.status = _STATUS_BY_NAME.get(record.error, 500)
         served = self._served
+        if record.is_elsewhere:
+            if span:
+                span.end(record)
+            return
         served.requests_by_status[record.status] += 1
         if served.metrics:
             served.metrics.on_request(record)

@@ -1,4 +1,4 @@
-"""Which path a request asks for, as routes are matched: without the prefix that a server adds."""
+"""Which path a request asks for, as routes are matched, and what else is read from its scope."""
 
 from __future__ import annotations
 
@@ -21,3 +21,23 @@ def route_path(scope: Mapping[str, Any]) -> str:
 def speaks_openai(scope: Mapping[str, Any]) -> bool:
     """Whether the client of this ASGI scope expects errors in OpenAI's form."""
     return route_path(scope).startswith("/v1/")
+
+
+_HANDED_OVER = "mlops.handed_over"
+
+
+def is_handed_over(scope: Mapping[str, Any]) -> bool:
+    """Whether another replica of this service has let this request in and sent it on to here."""
+    return bool(scope.get(_HANDED_OVER))
+
+
+def handed_over(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """What another replica is told of a request: plain values, and the mark."""
+    told = {name: scope[name] for name in _PLAIN_KEYS if name in scope}
+    return {**told, _HANDED_OVER: True}
+
+
+_PLAIN_KEYS = (
+    *("type", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
+    *("root_path", "headers", "client", "server"),
+)

@@ -15,7 +15,7 @@ import collections
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +36,10 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 TIME_BUCKETS_S = (*BUCKETS_S, 120.0, 300.0)
 
+_LATENCY = "mlops_e2e_request_latency_seconds"
+_QUEUE_TIME = "mlops_request_queue_time_seconds"
+_UNTIL_FIRST = "mlops_time_to_first_token_seconds"
+_BETWEEN = "mlops_time_per_output_token_seconds"
 _RUNNING_BY_ADAPTER = "mlops_adapter_requests_running"
 _WAITING_BY_ADAPTER = "mlops_adapter_requests_waiting"
 _MAX_RUNNING_ADAPTERS = "mlops_max_running_adapters"
@@ -140,6 +144,9 @@ class Metrics:
     """The metrics of one service in this process. Its methods are for the event loop, but `render`.
 
     Names and meanings follow vLLM's where it has the like, with the prefix `mlops_`.
+
+    Attributes:
+        on_observed: told of what a histogram takes in: its name, its labels' values, the value.
     """
 
     def __init__(self, info: ServiceInfo) -> None:
@@ -164,10 +171,14 @@ class Metrics:
                 multiprocess_mode=over_workers,  # type: ignore[arg-type]
             )
 
-        def histogram(name: str, help_text: str, *labels: str) -> Histogram:
-            return prometheus.Histogram(
+        self.on_observed: Callable[[str, tuple[str, ...], float], None] | None = None
+        self._histograms: dict[str, _Children] = {}
+
+        def histogram(name: str, help_text: str, *labels: str) -> None:
+            made: Histogram = prometheus.Histogram(
                 name, help_text, labels, registry=registry, buckets=TIME_BUCKETS_S
             )
+            self._histograms[name] = _Children(made.labels if labels else lambda: made)
 
         self._requests = _Children(
             counter(
@@ -179,23 +190,21 @@ class Metrics:
                 "adapter",
             ).labels
         )
-        self._latency = _Children(
-            histogram(
-                "mlops_e2e_request_latency_seconds",
-                "From a request's headers to the last byte of its answer, of those that succeeded.",
-                "route",
-            ).labels
+        histogram(
+            _LATENCY,
+            "From a request's headers to the last byte of its answer, of those that succeeded.",
+            "route",
         )
-        self._queue_time = histogram(
-            "mlops_request_queue_time_seconds",
+        histogram(
+            _QUEUE_TIME,
             "From a request's submission to the engine to the begin of its prefill.",
         )
-        self._first_token = histogram(
-            "mlops_time_to_first_token_seconds",
+        histogram(
+            _UNTIL_FIRST,
             "From a request's submission to the engine to its first token.",
         )
-        self._per_token = histogram(
-            "mlops_time_per_output_token_seconds",
+        histogram(
+            _BETWEEN,
             "Between two tokens of a request, on average, after its first.",
         )
         self._finished = counter(
@@ -240,14 +249,23 @@ class Metrics:
         self._requests[record.route, record.status, adapter].inc()
         if record.status >= 400 or record.route in UNLOGGED_ROUTES:
             return
-        self._latency[(record.route,)].observe(record.duration_s)
+        self._observe(_LATENCY, record.duration_s, record.route)
         timings = record.timings
         if (queue_ms := timings.get("queue_ms")) is not None:
-            self._queue_time.observe(queue_ms / 1000)
+            self._observe(_QUEUE_TIME, queue_ms / 1000)
         if (first_ms := timings.get("first_token_ms")) is not None:
-            self._first_token.observe(first_ms / 1000)
+            self._observe(_UNTIL_FIRST, first_ms / 1000)
         if (per_token_ms := record.time_per_token_ms) is not None:
-            self._per_token.observe(per_token_ms / 1000)
+            self._observe(_BETWEEN, per_token_ms / 1000)
+
+    def _observe(self, name: str, value: float, *labels: str) -> None:
+        self._histograms[name][labels].observe(value)
+        if self.on_observed:
+            self.on_observed(name, labels, value)
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics of this process, as prometheus_client has them."""
+        return self._registry.collect()
 
     def refresh(self, host: RunnerHost) -> None:
         """Take over what is so now, and what the engine has counted meanwhile."""

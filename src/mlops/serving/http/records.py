@@ -36,6 +36,7 @@ class RequestRecord:
         prompt: what was asked, as JSON types; only where the operator wants it in the log.
         trace_id: of its span, in hexadecimal; None where nothing is traced.
         timings: `queue_ms`, `first_token_ms`, `total_ms` of the generation.
+        is_elsewhere: another replica answers it, and counts and logs it.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class RequestRecord:
     prompt: Any = None
     trace_id: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    is_elsewhere: bool = False
 
     @property
     def adapter_label(self) -> str:

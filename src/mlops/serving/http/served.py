@@ -6,6 +6,7 @@ body before it. Whatever it raises, `errors.Failures` turns into a status and a 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,6 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from mlops.serving.http.bodies import read_json_object
 from mlops.serving.http.host import RunnerHost
+from mlops.serving.http.limits import Limits
+from mlops.serving.http.paths import is_handed_over
 from mlops.serving.http.settings import HTTPSettings
 
 if TYPE_CHECKING:
@@ -56,6 +59,9 @@ class ServiceInfo:
         return frozenset(name for name in names if name)
 
 
+Elsewhere = Callable[[Request, Mapping[str, Any]], Awaitable[Response | None]]
+
+
 @dataclass
 class Served:
     """One served model.
@@ -66,6 +72,9 @@ class Served:
         paths: of the app's routes; set by it.
         metrics: for Prometheus; None where `settings` have them turned off.
         tracer_provider: of OpenTelemetry, for the spans of requests; None takes the process's own.
+        limits: of each client, where they may change while it runs; None takes the settings'.
+        elsewhere: where there are other replicas: answers a request that one of them is to answer,
+            or returns None, and it is answered here.
     """
 
     host: RunnerHost
@@ -76,6 +85,8 @@ class Served:
     paths: frozenset[str] = frozenset()
     metrics: Metrics | None = None
     tracer_provider: TracerProvider | None = None
+    limits: Limits | None = None
+    elsewhere: Elsewhere | None = None
 
 
 Endpoint = Callable[[Served, Request, dict[str, Any]], Awaitable[Response]]
@@ -93,6 +104,12 @@ class JSONEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
-        body = await read_json_object(request, self.served.settings.max_body_bytes)
-        response = await self.answer(self.served, request, body)
+        is_checked = is_handed_over(scope)
+        limit = sys.maxsize if is_checked else self.served.settings.max_body_bytes
+        body = await read_json_object(request, limit)
+        elsewhere, response = self.served.elsewhere, None
+        if elsewhere and not is_checked:
+            response = await elsewhere(request, body)
+        if response is None:
+            response = await self.answer(self.served, request, body)
         await response(scope, receive, send)

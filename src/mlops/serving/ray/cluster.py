@@ -1,0 +1,289 @@
+"""The way to a Ray cluster and to Ray Serve on it, with Ray's errors in our words.
+
+    "auto"               the cluster that this machine is a part of
+    "local"              one of this process's own, which ends with it
+    "HOST:PORT", "ray://HOST:PORT"
+
+What Ray Serve does not offer publicly is asked for here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlops.errors import DeploymentError, MissingDependencyError, MLOpsError
+from mlops.serving.bentoml.config import BentoMLConfig
+from mlops.serving.ray.deployment import Plan
+
+AUTO = "auto"
+LOCAL = "local"
+
+_USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
+_MAX_REASON = 2000
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that this process is connected to.
+
+    Attributes:
+        dashboard_url: None where it has none.
+        log_folder: of this machine's part of it.
+        is_local: it ends with this process.
+    """
+
+    address: str
+    dashboard_url: str | None
+    log_folder: Path | None
+    is_local: bool
+
+    @property
+    def num_gpus(self) -> float:
+        """NVIDIA's and Apple's, of all nodes."""
+        import ray
+
+        return float(ray.cluster_resources().get("GPU", 0))
+
+    def start_serve(self, config: BentoMLConfig) -> str:
+        """Start Ray Serve unless it runs; returns the address that its proxies answer at.
+
+        Raises:
+            DeploymentError: the port is taken.
+        """
+        from ray import serve
+
+        if not _serve_runs():
+            host = "127.0.0.1" if config.host == "localhost" else config.host
+            if self.is_local:
+                _check_port(host, config.port)
+            with translated(self.address):
+                serve.start(
+                    proxy_location="EveryNode", http_options={"host": host, "port": config.port}
+                )
+        return serve_url()
+
+    def running(self) -> dict[str, RunningApplication]:
+        """The Serve applications of this toolkit, by name; {} where Serve does not run."""
+        if not _serve_runs():
+            return {}
+        with translated(self.address):
+            details = _client().get_serve_details()["applications"]
+        found = (RunningApplication.read(name, one) for name, one in details.items())
+        return {one.name: one for one in found if one is not None}
+
+
+@dataclass(frozen=True)
+class RunningApplication:
+    """A Serve application of this toolkit's, as the cluster tells of it.
+
+    Attributes:
+        status: Ray Serve's: RUNNING, DEPLOYING, DEPLOY_FAILED, UNHEALTHY, DELETING, …
+        message: Ray Serve's, of the application or of its deployment; "" when all is well.
+        replicas: how many there are, by Ray Serve's name for their state.
+        target: how many there are to be.
+    """
+
+    name: str
+    plan: Plan
+    status: str
+    message: str
+    replicas: Mapping[str, int]
+    target: int
+
+    @classmethod
+    def read(cls, name: str, details: Mapping[str, Any]) -> RunningApplication | None:
+        """What Ray Serve tells of an application; None when it is none of this toolkit's."""
+        for one in (details.get("deployments") or {}).values():
+            user_config = one["deployment_config"].get("user_config") or {}
+            if not isinstance(user_config, Mapping) or "plan" not in user_config:
+                continue
+            states: dict[str, int] = {}
+            for replica in one["replicas"]:
+                state = _text(replica["state"])
+                states[state] = states.get(state, 0) + 1
+            return cls(
+                name,
+                Plan.from_dict(user_config["plan"]),
+                _text(details["status"]),
+                one.get("message") or details.get("message") or "",
+                states,
+                one.get("target_num_replicas") or 0,
+            )
+        return None
+
+    @property
+    def num_running(self) -> int:
+        """Replicas that answer."""
+        return self.replicas.get("RUNNING", 0)
+
+
+@contextlib.contextmanager
+def connected(address: str | None = None) -> Iterator[Cluster]:
+    """A connection to a cluster; one that the caller has made before is used as it is.
+
+    Raises:
+        DeploymentError: there is no such cluster.
+        MissingDependencyError: Ray is not installed.
+    """
+    use_token()
+    try:
+        import ray
+    except ImportError as exc:
+        raise MissingDependencyError("ray", "ray") from exc
+    address = address or AUTO
+    was_connected = ray.is_initialized()
+    cluster = _connect(address)
+    try:
+        yield cluster
+    finally:
+        if not was_connected and not cluster.is_local:
+            ray.shutdown()
+
+
+def use_token() -> None:
+    """Let this process show the user's token to clusters, if there is one.
+
+    Clusters ask for it where one is found when they start, but Ray shows it only when told to, and
+    looks at that when it is first imported.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _connect(address: str) -> Cluster:
+    import ray
+
+    logging.getLogger("ray.serve").addFilter(_is_warning)  # it tells each step
+    is_local = address == LOCAL
+    if is_local:
+        os.environ.setdefault(_USAGE_VARIABLE, "0")
+    try:
+        context = ray.init(
+            address=address,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=False,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as exc:
+        raise _no_cluster(address, exc) from exc
+    info = getattr(context, "address_info", {})
+    session = info.get("session_dir")
+    url = getattr(context, "dashboard_url", None) or info.get("webui_url")
+    return Cluster(
+        info.get("address") or address,
+        f"http://{url}" if url else None,
+        Path(session, "logs") if session else None,
+        is_local,
+    )
+
+
+def _no_cluster(address: str, exc: Exception) -> DeploymentError:
+    details = {"ray_address": address}
+    if address == AUTO:
+        message = (
+            "no Ray cluster runs here: start one with `ray start --head`, name another with "
+            "--ray-address HOST:PORT, or start one for this deployment with --ray-address local"
+        )
+    elif address == LOCAL:
+        message = f"Ray could not be started here: {_first_line(exc)}"
+    elif "InvalidAuthToken" in f"{exc} {exc.__cause__}":
+        message = (
+            f"the Ray cluster at {address} refuses this user's token: copy ~/.ray/auth_token from "
+            "its head node, or set RAY_AUTH_TOKEN"
+        )
+    else:
+        message = f"no Ray cluster answers at {address}: {_first_line(exc)}"
+    return DeploymentError(message, "connect", details)
+
+
+@contextlib.contextmanager
+def translated(address: str) -> Iterator[None]:
+    """Raise Ray's errors as ours.
+
+    Raises:
+        DeploymentError: what Ray said, or that the cluster is gone.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except MLOpsError:
+        raise
+    except (RayServeException, ValueError) as exc:
+        raise DeploymentError(f"Ray Serve refused: {reason_of(str(exc))}", "deploy") from exc
+    except (RayError, ConnectionError, RuntimeError, TimeoutError) as exc:
+        raise DeploymentError(
+            f"the Ray cluster at {address} is gone, or does not answer: {reason_of(str(exc))}",
+            "deploy",
+            {"ray_address": address},
+        ) from exc
+
+
+def reason_of(text: str) -> str:
+    """The last error in a traceback that Ray tells, as one sentence; else the text's last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in reversed(lines):
+        name, colon, rest = line.partition(": ")
+        if colon and name.rpartition(".")[2].endswith(("Error", "Exception")) and " " not in name:
+            is_ours = name.startswith("mlops.")
+            return (rest if is_ours else f"{name.rpartition('.')[2]}: {rest}")[:_MAX_REASON]
+    return (lines[-1] if lines else "no reason was given")[:_MAX_REASON]
+
+
+def serve_url() -> str:
+    """Where Serve's proxies answer, seen from this machine."""
+    config = _client().http_config
+    host = config.host if config.host not in {None, "0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _client() -> Any:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client()
+
+
+def _serve_runs() -> bool:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def _text(value: Any) -> str:
+    """The text of what Ray tells as an enumeration."""
+    return str(getattr(value, "value", value))
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as exc:
+            raise DeploymentError(
+                f"port {port} cannot be listened on ({exc.strerror}): choose another with --port",
+                "deploy",
+                {"port": port},
+            ) from exc
+
+
+def _first_line(exc: BaseException) -> str:
+    text = str(exc).strip()
+    return text.splitlines()[0][:300] if text else type(exc).__name__

@@ -1,0 +1,292 @@
+"""`deploy`, `status`, `scale` and `undeploy`: services on a Ray cluster.
+
+    deploy    Bento + configuration -> plan -> Ray Serve -> wait until it answers, or say why not
+
+An update starts replicas of the new version before it stops the old ones. When they cannot start,
+the deployment goes back to what it was: the old replicas are still there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlops.errors import ConfigError, DeploymentError
+from mlops.registry import ModelStore, shared
+from mlops.serving.bentoml.config import BentoMLConfig
+from mlops.serving.ray.cluster import Cluster, RunningApplication, connected, reason_of, translated
+from mlops.serving.ray.deployment import Plan
+
+TIMEOUT_S = 600.0
+POLL_S = 0.25
+_OPERATION = "deploy"
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+
+Progress = Callable[[str], None]
+"""Told in a few words how far it is, often."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A service that answers on a cluster.
+
+    Attributes:
+        url: of the service, without the route.
+        dashboard_url, log_folder: Ray's; None where it has none, or not on this machine.
+    """
+
+    application: str
+    bento_tag: str
+    url: str
+    num_replicas: int
+    dashboard_url: str | None
+    log_folder: Path | None
+
+
+def deploy(
+    bento_tag: str,
+    config: BentoMLConfig | Mapping[str, Any] | None = None,
+    *,
+    adapters: Mapping[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+    progress: Progress | None = None,
+) -> Deployed:
+    """Run a Bento on Ray Serve, or update what runs under its name, and wait until it answers.
+
+    Args:
+        bento_tag: `name:version`; with the backend `ray_serve` also the tag of a stored model.
+        config: says where and how; see `Plan.make`. Its `serving_backend` is `hybrid` or
+            `ray_serve`, its `ray_address` by default "auto". A cluster that "local" starts ends
+            with this process.
+        adapters: further adapters by the name that requests use: tags of the model store. Replicas
+            that run take them over without a restart.
+        timeout_s: how long to wait.
+
+    Raises:
+        ConfigError: the backend is not Ray Serve, or a setting holds what it may not.
+        DeploymentError: there is no cluster, or the service does not start; says why.
+        BentoMLError: there is no such Bento, or it is damaged.
+    """
+    plan = with_adapters(Plan.make(bento_tag, config), adapters or {})
+    tell = progress or (lambda _: None)
+    with connected(plan.config.ray_address) as cluster:
+        before = cluster.running().get(plan.application)
+        _check_same_service(plan, before)
+        share(plan, tell)
+        cluster.start_serve(plan.config)
+        if before is not None and before.plan.version == plan.version:
+            _check_adapters(plan, cluster)
+        return _run(plan, before, cluster, timeout_s, tell)
+
+
+def status(ray_address: str | None = None) -> list[RunningApplication]:
+    """What runs on a cluster.
+
+    Raises:
+        DeploymentError: there is no cluster.
+    """
+    with connected(ray_address) as cluster:
+        return list(cluster.running().values())
+
+
+def scale(
+    application: str,
+    replicas: int | tuple[int, int],
+    ray_address: str | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    progress: Progress | None = None,
+) -> Deployed:
+    """Change how many replicas an application has, without a restart.
+
+    Args:
+        replicas: a number, or the fewest and the most, between which Ray chooses by the load.
+
+    Raises:
+        ConfigError: the numbers cannot be.
+        DeploymentError: there is no such application, or the replicas do not start.
+    """
+    low, high = (replicas, replicas) if isinstance(replicas, int) else replicas
+    with connected(ray_address) as cluster:
+        before = _find(application, cluster)
+        plan = before.plan.with_config(ray_min_replicas=low, ray_max_replicas=high)
+        if plan.config.http.enable_runtime_adapters and high > 1:
+            raise ConfigError("http.enable_runtime_adapters needs one replica; this asks for more")
+        return _run(plan, before, cluster, timeout_s, progress or (lambda _: None))
+
+
+def undeploy(application: str, ray_address: str | None = None) -> None:
+    """Take an application away; what it is answering is answered first.
+
+    Raises:
+        DeploymentError: there is no such application.
+    """
+    from ray import serve
+
+    with connected(ray_address) as cluster:
+        _find(application, cluster)
+        with translated(cluster.address):
+            serve.delete(application)
+
+
+def with_adapters(plan: Plan, adapters: Mapping[str, str]) -> Plan:
+    """The plan with further adapters, each pinned by its digest.
+
+    Raises:
+        PackagingError: an adapter is not in the model store.
+        ConfigError: a name is taken by the service's own adapters.
+    """
+    from dataclasses import replace
+
+    if taken := set(adapters) & set(plan.adapters):
+        raise ConfigError(f"the Bento has an adapter {min(taken)!r} already: choose another name")
+    added = {name: ModelStore().get(tag).reference for name, tag in adapters.items()}
+    return replace(plan, added=added)
+
+
+def share(plan: Plan, tell: Progress) -> None:
+    """Put what the plan names where the nodes fetch it from, if they do.
+
+    Raises:
+        PackagingError: it cannot be put there.
+    """
+    if source := plan.config.ray.model_source:
+        tell(f"copying {plan.tag} to {source}")
+        shared.publish(plan.tag, source)
+        for reference in plan.added.values():
+            shared.publish(reference.partition("@")[0], source)
+
+
+def _check_same_service(plan: Plan, before: RunningApplication | None) -> None:
+    if before is None:
+        return
+    ours, theirs = plan.config, before.plan.config
+    if (ours.project_name, ours.service_name) != (theirs.project_name, theirs.service_name):
+        raise DeploymentError(
+            f"the application {plan.application!r} is the service {theirs.service_name!r} of the "
+            f"project {theirs.project_name!r}: give this one another service_name",
+            _OPERATION,
+            {"application": plan.application},
+        )
+
+
+def _check_adapters(plan: Plan, cluster: Cluster) -> None:
+    """Let one replica try the adapters, before all are told of them."""
+    from ray import serve
+
+    if not plan.added:
+        return
+    with translated(cluster.address):
+        handle = serve.get_app_handle(plan.application)
+        try:
+            handle.check_adapters.remote(dict(plan.added)).result(timeout_s=TIMEOUT_S)
+        except Exception as exc:
+            raise DeploymentError(
+                f"an adapter cannot be added: {reason_of(str(exc))}",
+                _OPERATION,
+                {"application": plan.application},
+            ) from exc
+
+
+def _run(
+    plan: Plan,
+    before: RunningApplication | None,
+    cluster: Cluster,
+    timeout_s: float,
+    tell: Progress,
+) -> Deployed:
+    from mlops.serving.ray.cluster import serve_url
+
+    _apply(plan, cluster)
+    try:
+        num_replicas = _wait(plan, cluster, timeout_s, tell)
+    except DeploymentError as exc:
+        if "failed" in exc.details:
+            raise _take_back(plan, before, cluster, exc) from exc
+        raise
+    return Deployed(
+        plan.application,
+        plan.tag,
+        serve_url() + plan.route_prefix.rstrip("/"),
+        num_replicas,
+        cluster.dashboard_url,
+        cluster.log_folder,
+    )
+
+
+def _apply(plan: Plan, cluster: Cluster) -> None:
+    """Tell Ray Serve; it does the rest."""
+    from ray.serve.api import RunTarget, run_many
+
+    from mlops.serving.ray.application import bind
+
+    share_of_gpu = 1.0 if cluster.num_gpus and plan.config.apple_silicon.enable_mps else 0.0
+    target = RunTarget(
+        bind(plan, num_gpus=share_of_gpu), name=plan.application, route_prefix=plan.route_prefix
+    )
+    with translated(cluster.address):
+        run_many([target], wait_for_applications_running=False)
+
+
+def _wait(plan: Plan, cluster: Cluster, timeout_s: float, tell: Progress) -> int:
+    """Return how many replicas answer, once those that are to are there."""
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        now = cluster.running().get(plan.application)
+        if now is not None and now.plan.version == plan.version:
+            if now.status == "RUNNING" and now.num_running >= plan.config.ray_replicas[0]:
+                return now.num_running
+            if now.status in _FAILED:
+                raise DeploymentError(
+                    f"{plan.tag} could not be deployed: {reason_of(now.message)}",
+                    _OPERATION,
+                    {"application": plan.application, "failed": now.status},
+                )
+            tell(describe(now))
+        if time.monotonic() > give_up_s:
+            state = "Ray Serve does not know it yet" if now is None else describe(now)
+            reason = reason_of(now.message) if now and now.message else "Ray gives no reason"
+            raise DeploymentError(
+                f"{plan.tag} does not run after {timeout_s:g} s: {state}; {reason}. It goes on "
+                "starting: `mlops status` shows how far it is",
+                _OPERATION,
+                {"application": plan.application},
+            )
+        time.sleep(POLL_S)
+
+
+def describe(application: RunningApplication) -> str:
+    """The state of an application's replicas in a few words."""
+    states = [f"{count} {state.lower()}" for state, count in sorted(application.replicas.items())]
+    return f"{', '.join(states) or 'no replica yet'} of {application.target}"
+
+
+def _take_back(
+    plan: Plan, before: RunningApplication | None, cluster: Cluster, exc: DeploymentError
+) -> DeploymentError:
+    """Leave things as they were; returns the error that says so."""
+    from ray import serve
+
+    if before is None:
+        with translated(cluster.address):
+            serve.delete(plan.application)
+        return exc
+    _apply(before.plan, cluster)
+    return DeploymentError(
+        f"{exc.message}; {before.plan.tag} goes on serving", exc.operation, exc.details
+    )
+
+
+def _find(application: str, cluster: Cluster) -> RunningApplication:
+    running = cluster.running()
+    if application not in running:
+        known = ", ".join(sorted(running)) or "none"
+        raise DeploymentError(
+            f"there is no application {application!r} on this cluster; there is: {known}",
+            _OPERATION,
+            {"application": application},
+        )
+    return running[application]

@@ -1,0 +1,70 @@
+"""One Ray cluster and one model store for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bentoml_store import look_again
+from ray_cluster import RayCluster, environment
+from ray_services import build_waiting, package_tiny, write_models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in Path(item.path).parents:
+            # Ray's own threads, sockets and processes.
+            for kind in ("ResourceWarning", "DeprecationWarning", "FutureWarning"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
+            item.add_marker(
+                pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+            )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models as folders, and the store."""
+    folder = tmp_path_factory.mktemp("ray")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def home(folder: Path) -> Path:
+    """The model store of the driver and of both nodes."""
+    home = folder / "bentoml"
+    with environment(BENTOML_HOME=str(home)):
+        look_again()
+        package_tiny(folder, "1.0.0")
+        package_tiny(folder, "1.1.0", max_batch_size=16)
+        for version in ("1.0.0", "2.0.0", "3.0.0-broken"):
+            build_waiting(folder, version)
+    look_again()
+    return home
+
+
+@pytest.fixture(scope="session")
+def started_cluster(home: Path) -> Iterator[RayCluster]:
+    import ray
+
+    # The test process has modules that a replica does not find by itself.
+    with environment(BENTOML_HOME=str(home), RAY_USAGE_STATS_ENABLED="0"):
+        cluster = RayCluster(home)
+        ray.init(cluster.address, log_to_driver=False, logging_level="error")
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+@pytest.fixture
+def cluster(
+    started_cluster: RayCluster, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RayCluster]:
+    """The cluster, with its store as this process's."""
+    monkeypatch.setenv("BENTOML_HOME", str(home))
+    look_again()
+    yield started_cluster
+    look_again()

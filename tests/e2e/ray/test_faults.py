@@ -1,0 +1,105 @@
+"""What dies on a cluster is replaced, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+import psutil
+import pytest
+
+from mlops.serving.ray import status
+from ray_cluster import RayCluster, post, replicas_of, wait_until
+from ray_load import Load, deployed
+
+BACK_S = 15.0
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Ray's processes of this kind, of both nodes."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        body = {"input": 0}
+        return httpx.post(f"{url}/predict", json=body, timeout=30, trust_env=False).is_success
+    return False
+
+
+def test_replicas_proxies_and_the_controller_are_replaced(cluster: RayCluster) -> None:
+    with deployed("waiting:1.0.0", {**cluster.settings(), "max_batch_size": 2}) as url:
+        with Load(f"{url}/predict", {"input": 0.1}, num_clients=8) as load:
+            # A replica: those that it answered fail, those that wait do not.
+            (replica,) = replicas_of("tests-waiting")
+            os.kill(replica["pid"], signal.SIGKILL)
+            killed_s = time.monotonic()
+            wait_until(lambda: load.seen(killed_s), within_s=BACK_S)
+            assert set(load.statuses) <= {200, 500}
+            assert 0 < load.statuses[500] <= 4  # what a replica is sent at once
+
+            # The controller: nobody notices.
+            failures = load.statuses[500]
+            (controller,) = processes("ray::ServeController")
+            controller.kill()
+            since_s = time.monotonic()
+            wait_until(lambda: processes("ray::ServeController"))
+            wait_until(lambda: load.seen(since_s + 1))
+            wait_until(lambda: status()[0].status == "RUNNING")
+            assert load.statuses[500] == failures and set(load.statuses) <= {200, 500}
+
+        # The proxies: connections break, and are taken again.
+        for proxy in processes("ray::ProxyActor"):
+            proxy.kill()
+        wait_until(lambda: answers(url), within_s=BACK_S)
+
+
+def test_a_node_that_dies_takes_its_own_requests_only(cluster: RayCluster) -> None:
+    one_each = {"cpu_per_worker": 0.6, "ray_min_replicas": 2, "ray_max_replicas": 2}
+    with deployed("waiting:1.0.0", {**cluster.settings(), **one_each}) as url:
+        nodes = {one["node_id"] for one in replicas_of("tests-waiting")}
+        assert len(nodes) == 2
+        with Load(f"{url}/predict", {"input": 0.05}) as load:
+            cluster.cluster.remove_node(cluster.worker, allow_graceful=False)
+            killed_s = time.monotonic()
+            try:
+                wait_until(lambda: load.seen(killed_s + 3), within_s=BACK_S)
+                wait_until(lambda: len(replicas_of("tests-waiting")) == 1)
+            finally:
+                cluster.worker = cluster.add_node(resources={"worker": 10})
+            wait_until(lambda: len(replicas_of("tests-waiting")) == 2)
+        assert load.statuses[200] > 20
+        assert set(load.statuses) <= {0, 200, 500}
+        assert load.statuses[0] + load.statuses[500] <= 8
+
+
+def test_an_engine_that_stands_still_is_replaced(cluster: RayCluster) -> None:
+    settings = {**cluster.settings(stuck_after_s=1), "timeout": 2}
+    with deployed("waiting:1.0.0", settings) as url:
+        (before,) = replicas_of("tests-waiting")
+        assert post(f"{url}/predict", {"input": "hang"}).status_code == 504
+        is_new: Callable[[], bool] = lambda: any(  # noqa: E731
+            one["pid"] != before["pid"] for one in replicas_of("tests-waiting")
+        )
+        wait_until(is_new)
+        assert post(f"{url}/predict", {"input": 0}).status_code == 200
+
+
+@pytest.mark.parametrize("resource", ["worker", "head"])
+def test_replicas_go_where_their_resource_is(cluster: RayCluster, resource: str) -> None:
+    import ray
+
+    settings = cluster.settings(resources={resource: 1})
+    with deployed("waiting:1.0.0", settings):
+        (replica,) = replicas_of("tests-waiting")
+        (node,) = (one for one in ray.nodes() if one["NodeID"] == replica["node_id"])
+        assert resource in node["Resources"]

@@ -1,0 +1,103 @@
+"""`mlops deploy` and `mlops scale`: what was typed wrong is one sentence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlops.cli import main
+from mlops.cli.deploy import parse_replicas
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLOPS_DEBUG", raising=False)
+
+
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """What the command says before it ends with 1."""
+    monkeypatch.setattr(sys, "argv", ["mlops", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 1
+    assert said.out == ""
+    (sentence,) = said.err.splitlines()
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--replicas", "x"), "replicas 'x' are not allowed; use a number such as 2, or 1:4"),
+        (("--replicas", "1:x"), "replicas '1:x' are not allowed; use a number such as 2, or 1:4"),
+        (("--replicas", "1:"), "replicas '1:' are not allowed; use a number such as 2, or 1:4"),
+        (("--replicas", ":4"), "replicas ':4' are not allowed; use a number such as 2, or 1:4"),
+        (("--replicas", "1:2:3"), "replicas '1:2:3' are not allowed; use a number such as 2, or"),
+        (("--replicas", "1.5"), "replicas '1.5' are not allowed; use a number such as 2, or 1:4"),
+        (("--replicas", ""), "replicas '' are not allowed; use a number such as 2, or 1:4"),
+        (("--replicas", "0"), "BentoMLConfig.ray_min_replicas = 0 is not allowed"),
+        (("--replicas", "1:1001"), "BentoMLConfig.ray_max_replicas = 1001 is not allowed"),
+        (("--replicas", "4:1"), "BentoMLConfig.ray_max_replicas = 1 is not allowed; use at least 4"),
+        (
+            ("--adapter", "broken"),
+            "--adapter 'broken' is not allowed; use NAME=TAG, such as formal=formal:1.0.0",
+        ),
+        (("--adapter", "a=a:1", "--adapter", "=b:1"), "--adapter '=b:1' is not allowed"),
+        (("--adapter", "a="), "--adapter 'a=' is not allowed"),
+        (("--adapter", ""), "--adapter '' is not allowed"),
+        (("--adapter", "a=x:1", "--adapter", "a=y:1"), "--adapter 'a=y:1' is not allowed"),
+        (("--backend", "ray"), "BentoMLConfig.serving_backend = 'ray' is not allowed"),
+        (("--route-prefix", "chat"), "RayOptions.route_prefix = 'chat' is not allowed"),
+        (("--ray-address", "head"), "BentoMLConfig.ray_address = 'head' is not allowed"),
+        (("--host", "example.org"), "BentoMLConfig.host = 'example.org' is not allowed"),
+        (("--port", "0"), "BentoMLConfig.port = 0 is not allowed"),
+        (("--model-source", ""), "RayOptions.model_source = '' is not allowed"),
+        (("--config", "missing.yaml"), "missing.yaml cannot be read"),
+    ],
+)
+def test_what_deploy_cannot_use(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    sentence: str,
+) -> None:
+    for more in ((), ("--dry-run",)):
+        said = refusal(monkeypatch, capsys, "deploy", "chat:1.0.0", *arguments, *more)
+        assert said.startswith(sentence)
+
+
+def test_a_file_is_named_with_what_is_wrong_in_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text("ray: {gpus: 1}\n")
+    said = refusal(monkeypatch, capsys, "deploy", "chat:1.0.0", "--config", str(file))
+    assert said.startswith(f"{file}: RayOptions has no field 'gpus'")
+    assert "num_gpus" in said
+
+
+@pytest.mark.parametrize("replicas", ["x", "1:", "two"])
+def test_what_scale_cannot_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], replicas: str
+) -> None:
+    said = refusal(monkeypatch, capsys, "scale", "support-chat", replicas)
+    assert said == f"replicas {replicas!r} are not allowed; use a number such as 2, or 1:4"
+
+
+def test_a_bento_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bentoml_home: Path
+) -> None:
+    for backend in ("hybrid", "ray_serve"):
+        asked = ("deploy", "nobody:1.0.0", "--backend", backend, "--dry-run")
+        said = refusal(monkeypatch, capsys, *asked)
+        assert said.startswith("there is no Bento 'nobody:1.0.0' in the store")
+
+
+@pytest.mark.parametrize(("text", "replicas"), [("2", (2, 2)), ("1:4", (1, 4)), ("3:3", (3, 3))])
+def test_replicas_are_a_number_or_a_range(text: str, replicas: tuple[int, int]) -> None:
+    assert parse_replicas(text) == replicas
