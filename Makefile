@@ -14,10 +14,10 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
-.PHONY: help setup reference demo serve test check format bench docs lock clean
+.PHONY: help setup reference demo demo-ray serve test check format bench bench-ray docs lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 setup: ## install everything into this folder; PYTHON=python3.12 for another Python
 	@tools/setup "$(PYTHON)"
@@ -27,6 +27,9 @@ reference: setup ## torch and PEFT, which the tests compare adapters with; about
 
 demo: setup ## train two adapters, package, serve and ask them; MODEL=folder-or-hub-id for your own
 	@mlops demo $(if $(MODEL),--model "$(MODEL)")
+
+demo-ray: setup ## the demo's Bento on a Ray cluster of two nodes on this machine
+	@mlops demo $(if $(MODEL),--model "$(MODEL)") --ray
 
 serve: setup ## the demo's service, left running until Ctrl-C
 	@mlops demo $(if $(MODEL),--model "$(MODEL)") --keep-serving
@@ -46,6 +49,9 @@ format: setup ## mend what lint and format can mend
 
 bench: setup ## the benchmarks, each against a named peer in the same run
 	@python -m benchmarks
+
+bench-ray: setup ## the same for Ray Serve: what it costs, what it brings
+	@python -m benchmarks scaling --runs 3
 
 docs: setup ## write docs/api.md from the description of the API
 	@python tools/api_reference.py

@@ -13,7 +13,7 @@ import sys
 
 from benchmarks.report import HEADER, Figure, write_json
 
-NAMES = ("packaging", "blas", "health", "engine", "serving", "no_op", "guided", "soak")
+NAMES = ("packaging", "blas", "health", "engine", "serving", "no_op", "guided", "soak", "scaling")
 
 
 def main() -> int:

@@ -69,7 +69,7 @@ def write_json(name: str, figures: list[Figure]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     libraries = ("mlx", "mlx-lm", "bentoml", "mlx-mlops", "numpy", "scipy-openblas32")
-    libraries += ("litserve", "fastapi", "uvicorn", "starlette", "llguidance")
+    libraries += ("ray", "litserve", "fastapi", "uvicorn", "starlette", "llguidance")
     facts = {
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain")),

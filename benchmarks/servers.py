@@ -63,7 +63,7 @@ def bentoml_server(folder: Path, source: str) -> Iterator[int]:
         "BENTOML_DO_NOT_TRACK": "True",
         "PYTHONPATH": str(REPOSITORY),
     }
-    with _running(command, folder, "/readyz", environment) as port:
+    with running(command, folder, "/readyz", environment) as port:
         yield port
 
 
@@ -72,7 +72,7 @@ def peer_server(folder: Path, module: str, *options: str) -> Iterator[int]:
     """Run a module of the benchmarks that is a server."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *options]
-    with _running(command, folder, "/readyz", {"PYTHONPATH": str(REPOSITORY)}) as port:
+    with running(command, folder, "/readyz", {"PYTHONPATH": str(REPOSITORY)}) as port:
         yield port
 
 
@@ -83,12 +83,12 @@ def mlx_lm_server(folder: Path, model: Path, *, as_installed: bool = False) -> I
     command = [] if as_installed else ["mlops", "run", "--"]
     command += [sys.executable, "-m", "mlx_lm", "server", "--model", str(model)]
     command += ["--decode-concurrency", str(MAX_ROWS), "--log-level", "WARNING"]
-    with _running(command, folder, "/health", {"HF_HUB_OFFLINE": "1"}) as port:
+    with running(command, folder, "/health", {"HF_HUB_OFFLINE": "1"}) as port:
         yield port
 
 
 @contextlib.contextmanager
-def _running(
+def running(
     command: Sequence[str], folder: Path, ready_path: str, environment: Mapping[str, str]
 ) -> Iterator[int]:
     with socket.socket() as free:
