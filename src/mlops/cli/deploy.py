@@ -90,7 +90,7 @@ def deploy(
     _print_deployed(deployed)
     if settings.ray_address == LOCAL:
         typer.echo("The cluster is this command's own: Ctrl-C ends both.")
-        _wait_for_signal()
+        _wait_for_signal(deployed.ray_address)
         _end(deployed.application)
 
 
@@ -260,16 +260,22 @@ def _progress(title: str) -> Iterator[Any]:
         yield lambda state: line.update(f"{title}: {state}")
 
 
-def _wait_for_signal() -> None:
-    """Return at Ctrl-C or SIGTERM; Ray's own handlers would end the process at once."""
+def _wait_for_signal(ray_address: str) -> None:
+    """Return at Ctrl-C or SIGTERM; Ray's own handlers would end the process at once.
+
+    Raises:
+        DeploymentError: the cluster is gone.
+    """
     import signal
     import threading
+
+    from mlops.serving.ray.cluster import check_listens
 
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     while not stopped.wait(0.5):  # a signal is seen only between two waits
-        pass
+        check_listens(ray_address)
 
 
 def _end(application: str) -> None:

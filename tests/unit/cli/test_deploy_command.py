@@ -42,7 +42,10 @@ def refusal(
         (("--replicas", ""), "replicas '' are not allowed; use a number such as 2, or 1:4"),
         (("--replicas", "0"), "BentoMLConfig.ray_min_replicas = 0 is not allowed"),
         (("--replicas", "1:1001"), "BentoMLConfig.ray_max_replicas = 1001 is not allowed"),
-        (("--replicas", "4:1"), "BentoMLConfig.ray_max_replicas = 1 is not allowed; use at least 4"),
+        (
+            ("--replicas", "4:1"),
+            "BentoMLConfig.ray_max_replicas = 1 is not allowed; use at least 4",
+        ),
         (
             ("--adapter", "broken"),
             "--adapter 'broken' is not allowed; use NAME=TAG, such as formal=formal:1.0.0",
@@ -52,6 +55,7 @@ def refusal(
         (("--adapter", ""), "--adapter '' is not allowed"),
         (("--adapter", "a=x:1", "--adapter", "a=y:1"), "--adapter 'a=y:1' is not allowed"),
         (("--backend", "ray"), "BentoMLConfig.serving_backend = 'ray' is not allowed"),
+        (("--backend", "bentoml"), "serving_backend is 'bentoml'; use 'hybrid' or 'ray_serve'"),
         (("--route-prefix", "chat"), "RayOptions.route_prefix = 'chat' is not allowed"),
         (("--ray-address", "head"), "BentoMLConfig.ray_address = 'head' is not allowed"),
         (("--host", "example.org"), "BentoMLConfig.host = 'example.org' is not allowed"),

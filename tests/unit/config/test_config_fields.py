@@ -157,8 +157,10 @@ RAY_BAD: dict[str, list[Any]] = {
     "upscale_delay_s": [-1, float("inf"), 86_401, True, None, "2"],
     "downscale_delay_s": [-0.1, float("nan"), 86_401, False, None, "300"],
     "num_gpus": [-1, 65, float("nan"), True, "1"],
-    "resources": [None, [], {"a": 0}, {"a": -1}, {"a": "1"}, {"a": True}, {"a": float("inf")}]
-    + [{1: 1}, {"": 1}, {"a\n": 1}, {f"r{number}": 1 for number in range(101)}],
+    "resources": [
+        *(None, [], {"a": 0}, {"a": -1}, {"a": "1"}, {"a": True}, {"a": float("inf")}),
+        *({1: 1}, {"": 1}, {"a\n": 1}, {f"r{number}": 1 for number in range(101)}),
+    ],
     "model_source": [*NOT_TEXT, "a\nb", "/" + "a" * 4096],
     "adapter_affinity": NOT_A_FLAG,
     "stuck_after_s": [0, -1, float("nan"), 86_401, True, None, "60"],

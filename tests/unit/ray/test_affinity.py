@@ -50,10 +50,7 @@ def test_everybody_who_knows_the_same_finds_the_same_owners(
 
 def test_owners_are_the_same_in_every_process() -> None:
     """Python's own hash of a text is not."""
-    assert preferences("formal", ["a", "b", "c", "d"]) == EXPECTED_PREFERENCES
-
-
-EXPECTED_PREFERENCES = ["c", "a", "d", "b"]
+    assert preferences("formal", ["a", "b", "c", "d"]) == ["b", "d", "c", "a"]
 
 
 def test_without_replicas_nobody_owns_anything() -> None:
@@ -66,7 +63,7 @@ ADAPTERS = [f"adapter-{number}" for number in range(1000)]
 
 def replica_ids(seed: int, number: int) -> list[str]:
     """Random, as Ray's are."""
-    chosen = random.Random(seed)
+    chosen = random.Random(seed)  # noqa: S311
     return [f"{chosen.getrandbits(64):016x}" for _ in range(number)]
 
 

@@ -151,7 +151,11 @@ class Batches:
         self.gate = threading.Semaphore(0)
         self.begun = threading.Semaphore(0)
         self.batcher = Batcher(
-            self._run, batch_limit=lambda: 2, max_latency_ms=0, max_waiting=8, deliver=lambda _: None
+            self._run,
+            batch_limit=lambda: 2,
+            max_latency_ms=0,
+            max_waiting=8,
+            deliver=lambda _: None,
         )
         self.host = RunnerHost(lambda: None)  # type: ignore[arg-type, return-value]
         self.host.batcher = self.batcher

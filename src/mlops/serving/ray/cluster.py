@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mlops.serving.ray.deployment import Plan
 
 AUTO = "auto"
 LOCAL = "local"
+LISTENS_S = 5.0
 
 _USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
 _MAX_REASON = 2000
@@ -52,17 +54,11 @@ class Cluster:
         return float(ray.cluster_resources().get("GPU", 0))
 
     def start_serve(self, config: BentoMLConfig) -> str:
-        """Start Ray Serve unless it runs; returns the address that its proxies answer at.
-
-        Raises:
-            DeploymentError: the port is taken.
-        """
+        """Start Ray Serve unless it runs; returns the address that its proxies answer at."""
         from ray import serve
 
         if not _serve_runs():
             host = "127.0.0.1" if config.host == "localhost" else config.host
-            if self.is_local:
-                _check_port(host, config.port)
             with translated(self.address):
                 serve.start(
                     proxy_location="EveryNode", http_options={"host": host, "port": config.port}
@@ -147,6 +143,12 @@ def connected(address: str | None = None) -> Iterator[Cluster]:
             ray.shutdown()
 
 
+def is_connected() -> bool:
+    """Whether this process is connected to a cluster."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def use_token() -> None:
     """Let this process show the user's token to clusters, if there is one.
 
@@ -163,6 +165,8 @@ def use_token() -> None:
 def _connect(address: str) -> Cluster:
     import ray
 
+    if ":" in address and not ray.is_initialized():
+        check_listens(address)  # Ray itself tries for minutes
     logging.getLogger("ray.serve").addFilter(_is_warning)  # it tells each step
     is_local = address == LOCAL
     if is_local:
@@ -186,6 +190,19 @@ def _connect(address: str) -> Cluster:
         Path(session, "logs") if session else None,
         is_local,
     )
+
+
+def check_listens(address: str) -> None:
+    """See that somebody listens at `HOST:PORT` or `ray://HOST:PORT`.
+
+    Raises:
+        DeploymentError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
+    except (OSError, ValueError) as exc:
+        raise _no_cluster(address, exc) from exc
 
 
 def _no_cluster(address: str, exc: Exception) -> DeploymentError:
@@ -270,7 +287,13 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """See that a cluster that is to be started here can listen for clients.
+
+    Raises:
+        DeploymentError: the port is taken.
+    """
+    host = "127.0.0.1" if host == "localhost" else host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlops.errors import ConfigError, DeploymentError
 from mlops.registry import ModelStore, shared
 from mlops.serving.bentoml.config import BentoMLConfig
-from mlops.serving.ray.cluster import Cluster, RunningApplication, connected, reason_of, translated
+from mlops.serving.ray.cluster import (
+    LOCAL,
+    Cluster,
+    RunningApplication,
+    check_port,
+    connected,
+    is_connected,
+    reason_of,
+    serve_url,
+    translated,
+)
 from mlops.serving.ray.deployment import Plan
 
 TIMEOUT_S = 600.0
@@ -35,6 +45,7 @@ class Deployed:
 
     Attributes:
         url: of the service, without the route.
+        ray_address: of the cluster, `HOST:PORT`.
         dashboard_url, log_folder: Ray's; None where it has none, or not on this machine.
     """
 
@@ -42,6 +53,7 @@ class Deployed:
     bento_tag: str
     url: str
     num_replicas: int
+    ray_address: str
     dashboard_url: str | None
     log_folder: Path | None
 
@@ -72,6 +84,9 @@ def deploy(
     """
     plan = with_adapters(Plan.make(bento_tag, config), adapters or {})
     tell = progress or (lambda _: None)
+    if plan.config.ray_address == LOCAL and not is_connected():
+        check_port(plan.config.host, plan.config.port)
+        tell("starting Ray")
     with connected(plan.config.ray_address) as cluster:
         before = cluster.running().get(plan.application)
         _check_same_service(plan, before)
@@ -139,8 +154,6 @@ def with_adapters(plan: Plan, adapters: Mapping[str, str]) -> Plan:
         PackagingError: an adapter is not in the model store.
         ConfigError: a name is taken by the service's own adapters.
     """
-    from dataclasses import replace
-
     if taken := set(adapters) & set(plan.adapters):
         raise ConfigError(f"the Bento has an adapter {min(taken)!r} already: choose another name")
     added = {name: ModelStore().get(tag).reference for name, tag in adapters.items()}
@@ -198,8 +211,6 @@ def _run(
     timeout_s: float,
     tell: Progress,
 ) -> Deployed:
-    from mlops.serving.ray.cluster import serve_url
-
     _apply(plan, cluster)
     try:
         num_replicas = _wait(plan, cluster, timeout_s, tell)
@@ -212,6 +223,7 @@ def _run(
         plan.tag,
         serve_url() + plan.route_prefix.rstrip("/"),
         num_replicas,
+        cluster.address,
         cluster.dashboard_url,
         cluster.log_folder,
     )
