@@ -201,8 +201,9 @@ def _settings(config: Path | None, *, ray: Mapping[str, Any], **arguments: Any) 
     given = {name: value for name, value in arguments.items() if value is not None}
     of_ray = {name: value for name, value in ray.items() if value is not None}
     settings = BentoMLConfig.load(config, **given, **({"ray": of_ray} if of_ray else {}))
-    if not settings.uses_ray:
+    if "serving_backend" not in given and not settings.uses_ray:
         settings.serving_backend = ServingBackend.HYBRID
+    settings.to_ray_serve_config()  # refuses what cannot be
     return settings
 
 
@@ -210,8 +211,9 @@ def _adapters(given: list[str]) -> dict[str, str]:
     from mlops.errors import ConfigError
 
     pairs = [one.partition("=") for one in given]
-    for name, equals, tag in pairs:
-        if not (name and equals and tag):
+    for number, (name, equals, tag) in enumerate(pairs):
+        is_new = all(name != before for before, _, _ in pairs[:number])
+        if not (name and equals and tag and is_new):
             raise ConfigError(
                 f"--adapter {name + equals + tag!r} is not allowed; use NAME=TAG, such as "
                 "formal=formal:1.0.0"

@@ -37,8 +37,10 @@ def test_adapters_come_and_go_in_every_replica(cluster: RayCluster, folder: Path
         with pytest.raises(PackagingError, match="no model 'nobody'"):
             deploy("tiny:1.0.0", settings, adapters={"frog": "nobody"})
         with pytest.raises(DeploymentError, match="an adapter cannot be added: .*adapter"):
-            deploy("tiny:1.0.0", settings, adapters={"frog": "tiny:1.0.0"})
+            deploy("tiny:1.0.0", settings, adapters={"cat": "eve:1.0.0", "frog": "tiny:1.0.0"})
         assert {post(f"{url}/predict", asked).status_code for _ in range(6)} == {200}
+        cat = {**PREDICT, "adapter": "cat"}
+        assert {post(f"{url}/predict", cat).status_code for _ in range(6)} == {404}
 
         limited = {**settings, "http": {"requests_per_minute": 2}, "timeout": 299}
         deploy("tiny:1.0.0", limited)

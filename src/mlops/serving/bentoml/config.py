@@ -444,7 +444,7 @@ class BentoMLConfig(CheckedFields):
                 "upscale_delay_s": delay_s,
                 "downscale_delay_s": self.ray.downscale_delay_s,
                 "metrics_interval_s": _LOAD_SAMPLE_S,
-                "look_back_period_s": max(_LOAD_SAMPLE_S, delay_s),
+                "look_back_period_s": max(2 * _LOAD_SAMPLE_S, delay_s),
             }
         }
 

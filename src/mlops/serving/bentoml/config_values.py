@@ -221,9 +221,12 @@ def labels() -> Rule:
     return Rule("a table of at most 100 texts to texts, such as team=ml,env=test", accept, parse)
 
 
+_RAYS_OWN = frozenset({"CPU", "GPU", "memory", "object_store_memory"})
+
+
 def amounts() -> Rule:
     """A table of text to numbers; `name=value,name=value` in the environment."""
-    line, amount = text(), positive_number(1e9)
+    line, amount = text(other_than=_RAYS_OWN), positive_number(1e9)
 
     def accept(value: Any) -> dict[str, float]:
         if not isinstance(value, Mapping) or len(value) > 100:

@@ -28,7 +28,7 @@ from mlops.errors import ConfigError
 from mlops.serving.http import docs_page
 from mlops.serving.http.errors import Failures
 from mlops.serving.http.limits import Limits
-from mlops.serving.http.paths import is_handed_over, route_path
+from mlops.serving.http.paths import client_of, is_handed_over, route_path
 from mlops.serving.http.records import record_of
 from mlops.serving.http.settings import HTTPSettings
 
@@ -85,6 +85,8 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_open(scope) or is_handed_over(scope):
+            if name := client_of(scope):
+                record_of(scope).client = name
             await self._app(scope, receive, send)
             return
         try:

@@ -78,6 +78,9 @@ class Front:
                 await self._app(scope, receive, send_and_note)
         except ClientDisconnect:
             raise
+        except asyncio.CancelledError:
+            record.error = None if self._served.cancelling_is_leaving else "CancelledError"
+            raise
         except BaseException as exc:  # in the middle of an answer, or the server gives it up
             record.error = type(exc).__name__
             raise

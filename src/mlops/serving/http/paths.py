@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlops.serving.http.records import record_of
+
 
 def route_path(scope: Mapping[str, Any]) -> str:
     """The path of an ASGI scope below its `root_path`.
@@ -28,13 +30,18 @@ _HANDED_OVER = "mlops.handed_over"
 
 def is_handed_over(scope: Mapping[str, Any]) -> bool:
     """Whether another replica of this service has let this request in and sent it on to here."""
-    return bool(scope.get(_HANDED_OVER))
+    return _HANDED_OVER in scope
 
 
 def handed_over(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """What another replica is told of a request: plain values, and the mark."""
+    """What another replica is told of a request: plain values, and the mark: the client's name."""
     told = {name: scope[name] for name in _PLAIN_KEYS if name in scope}
-    return {**told, _HANDED_OVER: True}
+    return {**told, _HANDED_OVER: record_of(scope).client}
+
+
+def client_of(scope: Mapping[str, Any]) -> str:
+    """Whom the other replica has let in."""
+    return str(scope.get(_HANDED_OVER, ""))
 
 
 _PLAIN_KEYS = (

@@ -73,6 +73,7 @@ class Served:
         metrics: for Prometheus; None where `settings` have them turned off.
         tracer_provider: of OpenTelemetry, for the spans of requests; None takes the process's own.
         limits: of each client, where they may change while it runs; None takes the settings'.
+        cancelling_is_leaving: the server cancels a request when its client leaves.
         elsewhere: where there are other replicas: answers a request that one of them is to answer,
             or returns None, and it is answered here.
     """
@@ -86,6 +87,7 @@ class Served:
     metrics: Metrics | None = None
     tracer_provider: TracerProvider | None = None
     limits: Limits | None = None
+    cancelling_is_leaving: bool = False
     elsewhere: Elsewhere | None = None
 
 

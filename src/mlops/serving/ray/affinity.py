@@ -10,8 +10,10 @@ or goes few adapters move.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 
 @dataclass
@@ -25,21 +27,22 @@ class Owners:
 
     adapters: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
-    _known_for: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    _owners: dict[str, str] = field(default_factory=dict)
+    _known: tuple[Any, Mapping[str, str]] = (None, MappingProxyType({}))
 
     def of(self, adapter: str) -> str | None:
         """The replica that the adapter belongs to; None while no replica is known."""
         now = (self.adapters, self.replicas)
-        if self._known_for != now:
-            self._owners, self._known_for = assign(*now), now
-        owner = self._owners.get(adapter)
+        known_for, owners = self._known  # at once: other threads ask too
+        if known_for != now:
+            owners = assign(*now)
+            self._known = (now, owners)
+        owner = owners.get(adapter)
         if owner is None and self.replicas:  # an adapter that this process has not heard of
             owner = preferences(adapter, self.replicas)[0]
         return owner
 
 
-def assign(adapters: Iterable[str], replicas: Sequence[str]) -> dict[str, str]:
+def assign(adapters: Iterable[str], replicas: Sequence[str]) -> Mapping[str, str]:
     """The owner of each adapter: rendezvous hashing with a bound on what one replica owns.
 
     An adapter's owner is the first of its preferences that has not got its share yet.
@@ -47,11 +50,13 @@ def assign(adapters: Iterable[str], replicas: Sequence[str]) -> dict[str, str]:
     if not replicas:
         return {}
     names = sorted(adapters)
-    share = -(-len(names) // len(replicas))
+    share, num_larger = divmod(len(names), len(replicas))
     num_owned = dict.fromkeys(replicas, 0)
     owners = {}
     for adapter in names:
-        owner = next(one for one in preferences(adapter, replicas) if num_owned[one] < share)
+        limit = share + (num_larger > 0)
+        owner = next(one for one in preferences(adapter, replicas) if num_owned[one] < limit)
+        num_larger -= num_owned[owner] == share  # so many may still have one more
         num_owned[owner] += 1
         owners[adapter] = owner
     return owners

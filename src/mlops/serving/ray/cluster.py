@@ -54,7 +54,11 @@ class Cluster:
         return float(ray.cluster_resources().get("GPU", 0))
 
     def start_serve(self, config: BentoMLConfig) -> str:
-        """Start Ray Serve unless it runs; returns the address that its proxies answer at."""
+        """Start Ray Serve unless it runs; returns the address that its proxies answer at.
+
+        Raises:
+            DeploymentError: it runs, and listens elsewhere than was asked for.
+        """
         from ray import serve
 
         if not _serve_runs():
@@ -63,6 +67,14 @@ class Cluster:
                 serve.start(
                     proxy_location="EveryNode", http_options={"host": host, "port": config.port}
                 )
+        elif (asked := {"host", "port"} & set(config.changes())) and any(
+            getattr(_client().http_config, name) != getattr(config, name) for name in asked
+        ):
+            raise DeploymentError(
+                f"Ray Serve runs on this cluster already, and listens at {serve_url()}: leave "
+                "host and port out, or stop it with `serve shutdown`",
+                "deploy",
+            )
         return serve_url()
 
     def running(self) -> dict[str, RunningApplication]:
@@ -100,13 +112,17 @@ class RunningApplication:
             user_config = one["deployment_config"].get("user_config") or {}
             if not isinstance(user_config, Mapping) or "plan" not in user_config:
                 continue
+            try:
+                plan = Plan.from_dict(user_config["plan"])
+            except DeploymentError:
+                continue
             states: dict[str, int] = {}
             for replica in one["replicas"]:
                 state = _text(replica["state"])
                 states[state] = states.get(state, 0) + 1
             return cls(
                 name,
-                Plan.from_dict(user_config["plan"]),
+                plan,
                 _text(details["status"]),
                 one.get("message") or details.get("message") or "",
                 states,
@@ -207,7 +223,7 @@ def check_listens(address: str) -> None:
 
 def _no_cluster(address: str, exc: Exception) -> DeploymentError:
     details = {"ray_address": address}
-    if address == AUTO:
+    if address == AUTO and isinstance(exc, ConnectionError):
         message = (
             "no Ray cluster runs here: start one with `ray start --head`, name another with "
             "--ray-address HOST:PORT, or start one for this deployment with --ray-address local"
@@ -219,8 +235,10 @@ def _no_cluster(address: str, exc: Exception) -> DeploymentError:
             f"the Ray cluster at {address} refuses this user's token: copy ~/.ray/auth_token from "
             "its head node, or set RAY_AUTH_TOKEN"
         )
-    else:
+    elif isinstance(exc, OSError):
         message = f"no Ray cluster answers at {address}: {_first_line(exc)}"
+    else:
+        message = f"the Ray cluster {address!r} cannot be used: {_first_line(exc)}"
     return DeploymentError(message, "connect", details)
 
 

@@ -32,8 +32,8 @@ from mlops.serving.ray.deployment import Plan
 
 TIMEOUT_S = 600.0
 POLL_S = 0.25
+UNHEALTHY_S = 20.0
 _OPERATION = "deploy"
-_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 Progress = Callable[[str], None]
 """Told in a few words how far it is, often."""
@@ -235,23 +235,28 @@ def _apply(plan: Plan, cluster: Cluster) -> None:
 
     from mlops.serving.ray.application import bind
 
-    share_of_gpu = 1.0 if cluster.num_gpus and plan.config.apple_silicon.enable_mps else 0.0
-    target = RunTarget(
-        bind(plan, num_gpus=share_of_gpu), name=plan.application, route_prefix=plan.route_prefix
-    )
     with translated(cluster.address):
+        share_of_gpu = 1.0 if cluster.num_gpus and plan.config.apple_silicon.enable_mps else 0.0
+        application = bind(plan, num_gpus=share_of_gpu)
+        target = RunTarget(application, name=plan.application, route_prefix=plan.route_prefix)
         run_many([target], wait_for_applications_running=False)
 
 
 def _wait(plan: Plan, cluster: Cluster, timeout_s: float, tell: Progress) -> int:
     """Return how many replicas answer, once those that are to are there."""
+    low, high = plan.config.ray_replicas
     give_up_s = time.monotonic() + timeout_s
+    well_s = time.monotonic()
     while True:
         now = cluster.running().get(plan.application)
+        if now is None or now.status != "UNHEALTHY":
+            well_s = time.monotonic()
         if now is not None and now.plan.version == plan.version:
-            if now.status == "RUNNING" and now.num_running >= plan.config.ray_replicas[0]:
+            num_all = sum(now.replicas.values())
+            if now.status == "RUNNING" and low <= now.num_running <= num_all <= high:
                 return now.num_running
-            if now.status in _FAILED:
+            # A replica that is being replaced makes it unhealthy for a while.
+            if now.status == "DEPLOY_FAILED" or time.monotonic() - well_s > UNHEALTHY_S:
                 raise DeploymentError(
                     f"{plan.tag} could not be deployed: {reason_of(now.message)}",
                     _OPERATION,

@@ -12,28 +12,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlops.engine import BASE_NAME
+from mlops.errors import DeadlineExceededError
 from mlops.serving.http.models import adapter_of
 from mlops.serving.http.paths import handed_over, route_path
 from mlops.serving.http.records import record_of
 from mlops.serving.http.served import Served
 from mlops.serving.ray.affinity import Owners
 
-logger = logging.getLogger(__name__)
+ARRIVAL_S = 5.0
+"""On top of a request's time, for its answer to come back."""
+
+LEAVE_S = 1.0
+"""For an app to end by itself once its client has left."""
 
 MAX_MESSAGES = 16
 """Pieces of an answer that wait for a slow reader."""
+
+_CANNOT_BE_HAD = (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayServeException,
+    StopAsyncIteration,
+)
 
 
 class Handover:
@@ -64,19 +75,20 @@ class Handover:
         if self._num_under_way >= self._max_at_once:
             return None
         self._num_under_way += 1
-        relayed = False
+        answer = self._ask(adapter, request.scope, body)
         try:
-            answer = self._ask(adapter, request.scope, body)
-            first = await anext(answer)
-            relayed = True
-        except (ActorDiedError, ActorUnavailableError, BackPressureError, StopAsyncIteration):
-            return None  # nothing of an answer has come: it can be given here
-        except RayServeException as exc:
-            logger.warning("%r is answered here: %s", adapter, exc)
-            return None
-        finally:
-            if not relayed:
-                self._num_under_way -= 1
+            # Over there its time begins when it arrives; on the way it may wait for room.
+            async with asyncio.timeout(self._served.host.timeout_s + ARRIVAL_S):
+                first = await anext(answer)
+        except BaseException as exc:
+            self._end()
+            await answer.aclose()
+            if isinstance(exc, TimeoutError):
+                raise DeadlineExceededError("no replica had room for the request") from exc
+            is_cancelled = isinstance(exc, RequestCancelledError)
+            if isinstance(exc, _CANNOT_BE_HAD) and not is_cancelled:
+                return None  # nothing of an answer has come: it can be given here
+            raise
         record_of(request.scope).is_elsewhere = True
         return _Relayed(first, answer, self._end)
 
@@ -96,7 +108,7 @@ class Handover:
 
     async def _ask(
         self, adapter: str, scope: Scope, body: Mapping[str, Any]
-    ) -> AsyncIterator[list[Message]]:
+    ) -> AsyncGenerator[list[Message]]:
         answer = self._handle.options(
             stream=True, method_name="answer", multiplexed_model_id=adapter
         ).remote(
@@ -128,6 +140,9 @@ class _Relayed(Response):
                 async for messages in self._rest:
                     for message in messages:
                         await send(message)
+        except RayActorError:
+            record_of(scope).is_elsewhere = False  # nobody is left there to count it
+            raise
         finally:
             self._on_end()
 
@@ -147,9 +162,13 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[list[
         await has_left.wait()
         return {"type": "http.disconnect"}
 
+    async def send(message: Message) -> None:
+        if not has_left.is_set():
+            await messages.put(message)
+
     async def run() -> None:
         try:
-            await app(scope, receive, messages.put)
+            await app(scope, receive, send)
         finally:
             if not has_left.is_set():
                 await messages.put(None)
@@ -167,5 +186,10 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[list[
         await task
     finally:
         has_left.set()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        while not messages.empty():
+            messages.get_nowait()  # a `send` that waits for room goes on
+        try:
+            await asyncio.wait({task}, timeout=LEAVE_S)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

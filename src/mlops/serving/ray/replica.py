@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LEARN_AGAIN_S = 1.0
+
 _built: list[ASGIApp] = []
 
 
@@ -73,7 +75,7 @@ class ModelReplica:
         plan = self._plan
         if plan.recipe is not None:
             model = plan.make_model()
-            model.served.limits = Limits(None, None)
+            _let_ray_serve(model.served)
             model.served.settings = model.settings.http.to_settings(
                 enable_metrics=model.settings.enable_metrics,
                 enable_docs=model.settings.enable_swagger,
@@ -82,7 +84,7 @@ class ModelReplica:
         service = plan.load_bento()
         served: Served | None = getattr(getattr(service, "served_model", None), "served", None)
         if served is not None:
-            served.limits = Limits(None, None)
+            _let_ray_serve(served)
         return service.to_asgi(), served
 
     async def _start(self, served: Served) -> None:
@@ -117,10 +119,17 @@ class ModelReplica:
         Raises:
             MLOpsError: one cannot.
         """
-        for name, reference in adapters.items():
-            if self._added.get(name) != reference:
-                await asyncio.to_thread(self._add_adapter, name, reference)
-                self._added[name] = reference
+        before = dict(self._added)
+        try:
+            for name, reference in adapters.items():
+                if self._added.get(name) != reference:
+                    await asyncio.to_thread(self._add_adapter, name, reference)
+                    self._added[name] = reference
+        except BaseException:
+            for name in [name for name in self._added if self._added[name] != before.get(name)]:
+                await asyncio.to_thread(self._put_back, name, before.get(name))
+            self._added = before
+            raise
 
     def check_health(self) -> None:
         """Called by Ray every few seconds; what it raises has the replica replaced.
@@ -172,6 +181,12 @@ class ModelReplica:
         self._plan.fetch_adapter(reference)
         self._runner.add_adapter(name, reference, replace=True)
 
+    def _put_back(self, name: str, reference: str | None) -> None:
+        if reference is None:
+            self._runner.remove_adapter(name)
+        else:
+            self._runner.add_adapter(name, reference, replace=True)
+
     @property
     def _runner(self) -> Any:
         runner = self._served.host.runner if self._served else None
@@ -212,7 +227,9 @@ class _WithoutRequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [one for one in message["headers"] if one[0].lower() != b"x-request-id"]
+                headers = [
+                    one for one in message.get("headers", ()) if one[0].lower() != b"x-request-id"
+                ]
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -240,9 +257,14 @@ def _state_of(host: RunnerHost) -> tuple[bool, Any]:
     if (runner := host.text_runner) is not None:
         engine = runner.statistics()
         # Not what was submitted: that goes on while nothing is done.
-        moving = [engine.get(name) for name in ("steps", "tokens", "resident_adapters")]
+        moving = [engine.get("steps"), engine.get("tokens")]
         moving.append(engine.get("requests", {}).get("finished"))
-        return bool(engine.get("running") or engine.get("waiting")), repr(moving)
+        moving += [engine.get("resident_adapters", {}).get(one) for one in ("loads", "failed")]
+        embeddings = dict(engine.get("embeddings") or {})
+        embedding = embeddings.pop("running", 0)
+        moving.append(embeddings)
+        has_work = engine.get("running") or engine.get("waiting") or embedding
+        return bool(has_work), repr(moving)
     if (batcher := host.batcher) is not None:
         return bool(batcher.num_running), sum(batcher.batch_sizes.values())
     return False, None
@@ -265,10 +287,20 @@ def _app_alone(served: Served) -> ASGIApp:
     return app
 
 
+def _let_ray_serve(served: Served) -> None:
+    served.limits = Limits(None, None)  # `reconfigure` sets them
+    served.cancelling_is_leaving = True
+
+
 async def _learn_replicas(handle: Any) -> None:
     """Use the handle once: only then does Ray tell this process which replicas there are."""
-    with contextlib.suppress(Exception):  # the next request that is sent on tries again
-        await handle.options(method_name="ping").remote()
+    while True:
+        try:
+            await handle.options(method_name="ping").remote()
+        except Exception:  # the deployment is just starting, or Ray is busy with something else
+            await asyncio.sleep(LEARN_AGAIN_S)
+        else:
+            return
 
 
 @functools.cache
