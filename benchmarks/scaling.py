@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,7 @@ def _measure_one_replica(folder: Path, home: Path, runs: int) -> list[Figure]:
     bento = [sys.executable, "-m", "bentoml", "serve", "llama:1.0.0"]
     with (
         _deployed(folder, home, "llama:1.0.0", settings, replicas="1") as on_ray,
-        running(bento, folder / "bento", "/readyz", _environment(home)) as alone,
+        running(bento, _new(folder, "bento-"), "/readyz", _environment(home)) as alone,
     ):
         for port in (on_ray.port, alone):
             _tokens_per_s(port, "warm-up", stream=False)
@@ -296,9 +297,13 @@ class _Deployed:
         self._mlops("deploy", tag, "--config", str(config), "--replicas", "2")
 
     def _mlops(self, *arguments: str) -> None:
+        told = re.search(r"cluster +(\S+:\d+)", (self.folder / "log").read_text())
+        if told is None:
+            raise SystemExit("the deployment does not say where its cluster is")
         command = [sys.executable, "-c", "from mlops.cli import main; main()", *arguments]
+        command += ["--ray-address", told[1]]
         environment = {**os.environ, **self.environment}
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -306,13 +311,17 @@ def _deployed(
     folder: Path, home: Path, tag: str, settings: Mapping[str, Any], *, replicas: str
 ) -> Iterator[_Deployed]:
     """Deploy a Bento on a cluster that is started for it; its path is `/`."""
-    place = Path(tempfile.mkdtemp(prefix="ray-", dir=folder))
+    place = _new(folder, "ray-")
     config = _write_config(place, settings)
     environment = _environment(home)
     command = [sys.executable, "-c", "from mlops.cli import main; main()", "deploy", tag]
     command += ["--ray-address", "local", "--config", str(config), "--replicas", replicas]
     with running(command, place, "/readyz", environment) as port:
         yield _Deployed(port, place, environment)
+
+
+def _new(folder: Path, prefix: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
 
 
 def _write_config(folder: Path, settings: Mapping[str, Any]) -> Path:

@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDS = {
     "clone": "changes the clone that it is run in",
     "docker": "needs a container engine and the network",
+    "kubernetes": "needs a Kubernetes cluster with KubeRay",
     "lsof": "needs lsof",
     "network": "needs the network",
     "ray": "needs a Ray cluster",

@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 from documents import NEEDS, REPOSITORY, Block
 
 GUIDE_PORT = "3000"
@@ -106,12 +107,16 @@ class DocumentSession:
             if not name.startswith(("MLOPS_", "MLFLOW_", "BENTOML_", "PYTEST_", "COV_"))
         }
         scripts = Path(sys.executable).parent
+        ray_port = _free_port()
         return environment | {
             "PATH": f"{scripts}{os.pathsep}{environment.get('PATH', os.defpath)}",
             "BENTOML_HOME": str(self.home / "bentoml"),
             "BENTOML_DO_NOT_TRACK": "True",
             "BENTOML_PORT": str(self.port),
             "HF_HUB_OFFLINE": "1",
+            # A cluster that the document starts, and no other one of this machine.
+            "RAY_GCS_SERVER_PORT": str(ray_port),
+            "RAY_ADDRESS": f"127.0.0.1:{ray_port}",
             "COLUMNS": "160",
             "NO_COLOR": "1",
             "TERM": "dumb",
@@ -215,8 +220,8 @@ class DocumentSession:
         server, self._server = self._server, None
         if server is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _command_of(server).terminate()
         try:
             server.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired as exc:
@@ -325,6 +330,13 @@ def _answers(port: int) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _command_of(shell: subprocess.Popen[Any]) -> psutil.Process:
+    """The command that a shell runs; a newer bash has become it."""
+    process = psutil.Process(shell.pid)
+    commands = process.children() if process.name() == "bash" else []
+    return commands[-1] if commands else process
 
 
 def _end_group(leader: subprocess.Popen[Any]) -> None:

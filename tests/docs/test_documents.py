@@ -22,6 +22,7 @@ DEMO_MODEL = REPOSITORY / "src" / "mlops" / "demo" / "base_model"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a team has it after training; the documents speak of these paths."""
     folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(REPOSITORY / "examples" / "kuberay", folder / "examples" / "kuberay")
     base = folder / "models" / "my_model"
     if (DEMO_MODEL / "model.safetensors").is_file():
         shutil.copytree(DEMO_MODEL, base)

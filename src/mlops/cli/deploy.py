@@ -234,6 +234,7 @@ def _print_serve_config(bento: str, settings: BentoMLConfig, adapters: dict[str,
 def _print_deployed(deployed: Deployed) -> None:
     typer.echo(f"{deployed.bento_tag} answers at {deployed.url}")
     typer.echo(f"  application  {deployed.application}, {deployed.num_replicas} replicas")
+    typer.echo(f"  cluster      {deployed.ray_address}")
     if deployed.dashboard_url:
         typer.echo(f"  dashboard    {deployed.dashboard_url}")
     if deployed.log_folder:

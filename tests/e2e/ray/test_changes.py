@@ -51,10 +51,10 @@ def test_adapters_come_and_go_in_every_replica(cluster: RayCluster, folder: Path
 
 
 def test_updates_lose_no_request(cluster: RayCluster) -> None:
-    settings = {**cluster.settings(), "ray_min_replicas": 2, "ray_max_replicas": 2}
+    settings = cluster.settings()
     with (
         deployed("waiting:1.0.0", settings) as url,
-        Load(f"{url}/predict", {"input": 0.02}) as load,
+        Load(f"{url}/predict", {"input": 0.05}) as load,
     ):
         # One that does not load: the old replicas go on.
         before = {one["pid"] for one in replicas_of("tests-waiting")}
@@ -74,12 +74,6 @@ def test_updates_lose_no_request(cluster: RayCluster) -> None:
     assert set(load.statuses) == {200}
 
 
-def test_a_first_deployment_that_fails_leaves_nothing(cluster: RayCluster) -> None:
-    with pytest.raises(DeploymentError, match="3.0.0-broken.*the weights are not there$"):
-        deploy("waiting:3.0.0-broken", cluster.settings())
-    assert status() == []
-
-
 def test_each_project_has_its_own_path(cluster: RayCluster) -> None:
     small = cluster.settings()
     with (
@@ -94,7 +88,7 @@ def test_each_project_has_its_own_path(cluster: RayCluster) -> None:
         assert [one["project_name"] for one in answers] == ["one", "two"]
         with pytest.raises(DeploymentError, match="is the service 'waiting' of the project 'one'"):
             deploy("waiting:1.0.0", {**small, "project_name": "one!"})
-        with pytest.raises(DeploymentError, match="route.*/2"):
+        with pytest.raises(DeploymentError, match="/2 is being used"):
             deploy("waiting:1.0.0", {**small, "project_name": "x", "ray": {"route_prefix": "/2"}})
         assert get(f"{second}/health").status_code == 200
 

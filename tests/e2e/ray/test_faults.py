@@ -10,13 +10,10 @@ from collections.abc import Callable
 
 import httpx
 import psutil
-import pytest
 
 from mlops.serving.ray import status
 from ray_cluster import RayCluster, post, replicas_of, wait_until
 from ray_load import Load, deployed
-
-BACK_S = 15.0
 
 
 def processes(name: str) -> list[psutil.Process]:
@@ -43,7 +40,7 @@ def test_replicas_proxies_and_the_controller_are_replaced(cluster: RayCluster) -
             (replica,) = replicas_of("tests-waiting")
             os.kill(replica["pid"], signal.SIGKILL)
             killed_s = time.monotonic()
-            wait_until(lambda: load.seen(killed_s), within_s=BACK_S)
+            wait_until(lambda: load.seen(killed_s))
             assert set(load.statuses) <= {200, 500}
             assert 0 < load.statuses[500] <= 4  # what a replica is sent at once
 
@@ -60,7 +57,7 @@ def test_replicas_proxies_and_the_controller_are_replaced(cluster: RayCluster) -
         # The proxies: connections break, and are taken again.
         for proxy in processes("ray::ProxyActor"):
             proxy.kill()
-        wait_until(lambda: answers(url), within_s=BACK_S)
+        wait_until(lambda: answers(url))
 
 
 def test_a_node_that_dies_takes_its_own_requests_only(cluster: RayCluster) -> None:
@@ -72,7 +69,7 @@ def test_a_node_that_dies_takes_its_own_requests_only(cluster: RayCluster) -> No
             cluster.cluster.remove_node(cluster.worker, allow_graceful=False)
             killed_s = time.monotonic()
             try:
-                wait_until(lambda: load.seen(killed_s + 3), within_s=BACK_S)
+                wait_until(lambda: load.seen(killed_s + 3))
                 wait_until(lambda: len(replicas_of("tests-waiting")) == 1)
             finally:
                 cluster.worker = cluster.add_node(resources={"worker": 10})
@@ -92,14 +89,3 @@ def test_an_engine_that_stands_still_is_replaced(cluster: RayCluster) -> None:
         )
         wait_until(is_new)
         assert post(f"{url}/predict", {"input": 0}).status_code == 200
-
-
-@pytest.mark.parametrize("resource", ["worker", "head"])
-def test_replicas_go_where_their_resource_is(cluster: RayCluster, resource: str) -> None:
-    import ray
-
-    settings = cluster.settings(resources={resource: 1})
-    with deployed("waiting:1.0.0", settings):
-        (replica,) = replicas_of("tests-waiting")
-        (node,) = (one for one in ray.nodes() if one["NodeID"] == replica["node_id"])
-        assert resource in node["Resources"]

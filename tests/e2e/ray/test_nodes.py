@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlops.errors import DeploymentError
-from mlops.serving.ray import deploy
+from mlops.serving.ray import deploy, status
 from ray_cluster import RayCluster, get, post, replicas_of
 from ray_load import deployed
 
@@ -36,6 +36,7 @@ def test_ray_serve_alone_needs_no_bentoml(cluster: RayCluster, tmp_path: Path) -
     with node(cluster, env_vars={"PYTHONPATH": path}, num_gpus=1):
         with pytest.raises(DeploymentError, match="no BentoML here"):
             deploy("tiny:1.0.0", here)
+        assert status() == []  # one that fails leaves nothing
         with deployed("tiny:1.0.0", {**here, "serving_backend": "ray_serve"}) as url:
             answer = post(f"{url}/predict", {**PREDICT, "adapter": "ada"})
             assert answer.json()["adapter"] == "ada", answer.text

@@ -106,7 +106,7 @@ def test_the_guides_hybrid_configuration() -> None:
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": 300,
         "graceful_shutdown_wait_loop_s": 1,
-        "max_constructor_retry_count": 3,
+        "max_constructor_retry_count": 2,
         "max_surge_percent": 25,
         "ray_actor_options": {"num_cpus": 1},
         "autoscaling_config": {

@@ -158,6 +158,7 @@ class Plan:
             "request_router_class": ROUTER,
             "request_router_kwargs": {"adapters": list(self.adapters)},
         }
+        options["logging_config"] = {"enable_access_log": False}  # we write a line for each
         options["user_config"] = self.user_config
         return options
 
