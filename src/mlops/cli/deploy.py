@@ -91,7 +91,7 @@ def deploy(
     if settings.ray_address == LOCAL:
         typer.echo("The cluster is this command's own: Ctrl-C ends both.")
         _wait_for_signal(deployed.ray_address)
-        _end(deployed.application)
+        _end(deployed.application, deployed.ray_address)
 
 
 def status(
@@ -281,12 +281,23 @@ def _wait_for_signal(ray_address: str) -> None:
         check_listens(ray_address)
 
 
-def _end(application: str) -> None:
-    """Let running requests end, and the cluster after them."""
+def _end(application: str, ray_address: str) -> None:
+    """Let running requests end, and the cluster after them.
+
+    Raises:
+        DeploymentError: the cluster is gone already: a signal has reached all of its processes.
+    """
+    import threading
+
     import ray
 
     from mlops.serving.ray import undeploy as take_away
+    from mlops.serving.ray.cluster import check_listens
 
     typer.echo("ending: running requests are answered first", err=True)
-    take_away(application, "local")
+    ending = threading.Thread(target=take_away, args=(application, "local"), daemon=True)
+    ending.start()
+    while ending.is_alive():
+        check_listens(ray_address)
+        ending.join(0.5)
     ray.shutdown()

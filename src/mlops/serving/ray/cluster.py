@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,8 +182,8 @@ def use_token() -> None:
 def _connect(address: str) -> Cluster:
     import ray
 
-    if ":" in address and not ray.is_initialized():
-        check_listens(address)  # Ray itself tries for minutes
+    if not ray.is_initialized() and ":" in (known := _known_address(address)):
+        check_listens(known, address)  # Ray itself tries for minutes
     logging.getLogger("ray.serve").addFilter(_is_warning)  # it tells each step
     is_local = address == LOCAL
     if is_local:
@@ -195,7 +196,7 @@ def _connect(address: str) -> Cluster:
             logging_level="error",
             configure_logging=False,
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as exc:
+    except Exception as exc:  # of many kinds; a bare one when Ray takes too long to start
         raise _no_cluster(address, exc) from exc
     info = getattr(context, "address_info", {})
     session = info.get("session_dir")
@@ -208,8 +209,22 @@ def _connect(address: str) -> Cluster:
     )
 
 
-def check_listens(address: str) -> None:
+def _known_address(address: str) -> str:
+    """Where "auto" leads, as far as this machine knows: the variable, else the cluster here."""
+    if address != AUTO:
+        return address
+    if named := os.environ.get("RAY_ADDRESS"):
+        return named
+    with contextlib.suppress(OSError):
+        return Path(tempfile.gettempdir(), "ray", "ray_current_cluster").read_text().strip()
+    return AUTO
+
+
+def check_listens(address: str, asked_for: str | None = None) -> None:
     """See that somebody listens at `HOST:PORT` or `ray://HOST:PORT`.
+
+    Args:
+        asked_for: the address by the user's name for it.
 
     Raises:
         DeploymentError: nobody does.
@@ -218,19 +233,20 @@ def check_listens(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
     except (OSError, ValueError) as exc:
-        raise _no_cluster(address, exc) from exc
+        raise _no_cluster(asked_for or address, exc) from exc
 
 
 def _no_cluster(address: str, exc: Exception) -> DeploymentError:
     details = {"ray_address": address}
-    if address == AUTO and isinstance(exc, ConnectionError):
+    is_refused = "InvalidAuthToken" in f"{exc} {exc.__cause__}"
+    if address == AUTO and isinstance(exc, OSError) and not is_refused:
         message = (
             "no Ray cluster runs here: start one with `ray start --head`, name another with "
             "--ray-address HOST:PORT, or start one for this deployment with --ray-address local"
         )
     elif address == LOCAL:
         message = f"Ray could not be started here: {_first_line(exc)}"
-    elif "InvalidAuthToken" in f"{exc} {exc.__cause__}":
+    elif is_refused:
         message = (
             f"the Ray cluster at {address} refuses this user's token: copy ~/.ray/auth_token from "
             "its head node, or set RAY_AUTH_TOKEN"

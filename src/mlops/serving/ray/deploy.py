@@ -139,9 +139,9 @@ def undeploy(application: str, ray_address: str | None = None) -> None:
     Raises:
         DeploymentError: there is no such application.
     """
-    from ray import serve
-
     with connected(ray_address) as cluster:
+        from ray import serve  # not before: see `use_token`
+
         _find(application, cluster)
         with translated(cluster.address):
             serve.delete(application)
@@ -202,6 +202,8 @@ def _check_adapters(plan: Plan, cluster: Cluster) -> None:
                 _OPERATION,
                 {"application": plan.application},
             ) from exc
+        finally:
+            handle.shutdown()  # one that is left behind would connect to Ray again
 
 
 def _run(
