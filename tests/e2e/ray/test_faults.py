@@ -90,4 +90,4 @@ def test_an_engine_that_stands_still_is_replaced(cluster: RayCluster) -> None:
             one["pid"] != before["pid"] for one in replicas_of("tests-waiting")
         )
         wait_until(is_new)
-        assert post(f"{url}/predict", {"input": 0}).status_code == 200
+        wait_until(lambda: answers(url))

@@ -15,7 +15,8 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mlops.serving.ray.deployment import Plan
 AUTO = "auto"
 LOCAL = "local"
 LISTENS_S = 5.0
+ASK_TRIES = 4
 
 _USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
 _MAX_REASON = 2000
@@ -64,10 +66,8 @@ class Cluster:
 
         if not _serve_runs():
             host = "127.0.0.1" if config.host == "localhost" else config.host
-            with translated(self.address):
-                serve.start(
-                    proxy_location="EveryNode", http_options={"host": host, "port": config.port}
-                )
+            http = {"host": host, "port": config.port}
+            self.ask(lambda: serve.start(proxy_location="EveryNode", http_options=http))
         elif (asked := {"host", "port"} & set(config.changes())) and any(
             getattr(_client().http_config, name) != getattr(config, name) for name in asked
         ):
@@ -77,6 +77,27 @@ class Cluster:
                 "deploy",
             )
         return serve_url()
+
+    def ask(self, work: Callable[[], object]) -> None:
+        """Let Ray Serve do something that may be done twice.
+
+        It waits for its proxies then, and fails when one of them is just being taken away.
+
+        Raises:
+            DeploymentError: Ray Serve refused, or the cluster is gone.
+        """
+        from ray.exceptions import RayActorError
+
+        for number in range(ASK_TRIES):
+            try:
+                with translated(self.address):
+                    work()
+            except DeploymentError as exc:
+                if number == ASK_TRIES - 1 or not isinstance(exc.__cause__, RayActorError):
+                    raise
+                time.sleep(1)
+            else:
+                return
 
     def running(self) -> dict[str, RunningApplication]:
         """The Serve applications of this toolkit, by name; {} where Serve does not run."""

@@ -241,7 +241,7 @@ def _apply(plan: Plan, cluster: Cluster) -> None:
         share_of_gpu = 1.0 if cluster.num_gpus and plan.config.apple_silicon.enable_mps else 0.0
         application = bind(plan, num_gpus=share_of_gpu)
         target = RunTarget(application, name=plan.application, route_prefix=plan.route_prefix)
-        run_many([target], wait_for_applications_running=False)
+    cluster.ask(lambda: run_many([target], wait_for_applications_running=False))
 
 
 def _wait(plan: Plan, cluster: Cluster, timeout_s: float, tell: Progress) -> int:
