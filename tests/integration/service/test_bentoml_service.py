@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from mlops.errors import ConfigError, IntegrityError
 from mlops.hardware import detect
-from mlops.serving.bentoml import service as service_module
+from mlops.serving.bentoml import served_model
 from mlops.serving.bentoml.config import AppleSiliconOptimization, BentoMLConfig
 from mlops.serving.bentoml.packager import package_model
 from mlops.serving.bentoml.runner import MLXModelRunner
@@ -385,7 +385,7 @@ def test_workers_share_the_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -
     def budget(**settings: Any) -> int:
         config = BentoMLConfig(**settings)
         hosts: list[RunnerHost] = []
-        monkeypatch.setattr(service_module, "RunnerHost", recording(hosts))
+        monkeypatch.setattr(served_model, "RunnerHost", recording(hosts))
         create_bentoml_service(base, config=config)
         return int(hosts[0]._make_runner().memory_budget_bytes)  # type: ignore[attr-defined]
 
@@ -406,9 +406,9 @@ def recording(hosts: list[RunnerHost]) -> Callable[..., RunnerHost]:
 def test_the_batch_limit_of_an_apple_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = BentoMLConfig(apple_silicon=AppleSiliconOptimization(max_batch_size=4))
     here = replace(detect(), chip_type=None)
-    assert service_module._settings(config, None, None).batch_limit("nominal") == 32
+    assert served_model.settings_of(config, None, None).batch_limit("nominal") == 32
     assert any("apple_silicon.max_batch_size" in note for note in config.describe_unhonoured(here))
     monkeypatch.setattr("mlops.hardware.detect", lambda: replace(here, chip_type="M3"))
-    assert service_module._settings(config, None, None).batch_limit("nominal") == 4
-    assert service_module._settings(config.to_dict(), None, None).batch_limit("nominal") == 4
+    assert served_model.settings_of(config, None, None).batch_limit("nominal") == 4
+    assert served_model.settings_of(config.to_dict(), None, None).batch_limit("nominal") == 4
     assert config.apple_silicon.chip_type is None
