@@ -40,8 +40,8 @@ class ServedModel:
     """A model that can be served.
 
     Attributes:
-        recipe: arguments that make the same again, in JSON types; None where a class of the user's
-            makes the runner.
+        recipe: arguments that make the same again under the same settings, in JSON types; None
+            where a class of the user's makes the runner.
     """
 
     settings: BentoMLConfig
@@ -51,6 +51,17 @@ class ServedModel:
     @property
     def host(self) -> RunnerHost:
         return self.served.host
+
+    def read_http_settings(self) -> None:
+        """Let the app have its settings; reads the keys.
+
+        Raises:
+            ConfigError: the keys cannot be read.
+        """
+        settings = self.settings
+        self.served.settings = settings.http.to_settings(
+            enable_metrics=settings.enable_metrics, enable_docs=settings.enable_swagger
+        )
 
 
 @contextlib.contextmanager
@@ -118,7 +129,7 @@ def make_served_model(
         on_loaded=supervision.end_loading,
         on_failure=supervision.report_failure,
     )
-    recipe = {"model_path": place, "model_type": kind, **given, "config": settings.to_dict()}
+    recipe = {"model_path": place, "model_type": kind, **given}
     return ServedModel(settings, Served(host, info), None if runner_class else recipe)
 
 

@@ -124,9 +124,7 @@ def _bentoml_service(model: ServedModel) -> Service[Any]:
             logs.configure(self)
             served.tracer_provider = _tracer_provider()
             try:
-                served.settings = settings.http.to_settings(
-                    enable_metrics=settings.enable_metrics, enable_docs=settings.enable_swagger
-                )
+                model.read_http_settings()
             except ConfigError as exc:  # the keys; BentoML would start the worker for ever
                 supervision.report_failure(exc)
                 raise

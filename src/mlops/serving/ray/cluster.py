@@ -56,8 +56,8 @@ class Cluster:
 
         return float(ray.cluster_resources().get("GPU", 0))
 
-    def start_serve(self, config: BentoMLConfig) -> str:
-        """Start Ray Serve unless it runs; returns the address that its proxies answer at.
+    def start_serve(self, config: BentoMLConfig) -> None:
+        """Start Ray Serve unless it runs.
 
         Raises:
             DeploymentError: it runs, and listens elsewhere than was asked for.
@@ -76,7 +76,6 @@ class Cluster:
                 "host and port out, or stop it with `serve shutdown`",
                 "deploy",
             )
-        return serve_url()
 
     def ask(self, work: Callable[[], object]) -> None:
         """Let Ray Serve do something that may be done twice.

@@ -290,8 +290,7 @@ class _Model:
     def _of(cls, tag: str, model: ServedModel) -> _Model:
         adapters = (model.recipe or {}).get("adapters", {})
         recipe = model.recipe and {
-            **{name: value for name, value in model.recipe.items() if name != "config"},
-            "adapters": adapters,
+            **model.recipe,
             "digest": model.recipe["digest"] or ModelStore().get(model.recipe["model_path"]).digest,
         }
         return cls(tag, model.settings, tuple(sorted(adapters)), recipe)

@@ -14,7 +14,6 @@ from typing import Any
 
 from ray.serve import metrics as ray_metrics
 
-from mlops.serving.http import Served
 from mlops.serving.http.prometheus import TIME_BUCKETS_S, Metrics
 
 logger = logging.getLogger(__name__)
@@ -25,10 +24,9 @@ REFRESH_S = 1.0
 class RayMetrics:
     """Keeps Ray's metrics equal to those of a service; None is ever counted twice."""
 
-    def __init__(self, served: Served, metrics: Metrics) -> None:
-        self._served = served
+    def __init__(self, project_name: str, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._project = {"project": served.info.project_name}
+        self._project = {"project": project_name}
         self._made: dict[str, Any] = {}
         self._counted: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
         self._help = {family.name: family.documentation for family in metrics.collect()}

@@ -76,10 +76,7 @@ class ModelReplica:
         if plan.recipe is not None:
             model = plan.make_model()
             _let_ray_serve(model.served)
-            model.served.settings = model.settings.http.to_settings(
-                enable_metrics=model.settings.enable_metrics,
-                enable_docs=model.settings.enable_swagger,
-            )
+            model.read_http_settings()
             return _app_alone(model.served), model.served
         service = plan.load_bento()
         served: Served | None = getattr(getattr(service, "served_model", None), "served", None)
@@ -100,7 +97,7 @@ class ModelReplica:
         if host.failure is not None:
             raise host.failure
         if served.metrics:
-            self._keep(RayMetrics(served, served.metrics).keep())
+            self._keep(RayMetrics(served.info.project_name, served.metrics).keep())
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
         """Answer a request that another replica has sent on."""
