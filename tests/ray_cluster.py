@@ -78,22 +78,26 @@ class RayCluster:
         self.cluster.shutdown()
 
 
-def replica_processes() -> list[psutil.Process]:
-    """The processes of all replicas on this machine."""
+def processes(name: str) -> list[psutil.Process]:
+    """Ray's processes of this kind, of both nodes."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "ServeReplica" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
 
-def replicas_of(application: str) -> list[dict[str, Any]]:
-    """Ray's own list of an application's replicas that run: `pid`, `node_id`, …"""
+def applications() -> dict[str, dict[str, Any]]:
+    """What Ray itself tells of all applications, also of those that are not there yet."""
     from ray.serve.context import _get_global_client
 
-    details = _get_global_client().get_serve_details()["applications"].get(application)
-    deployments = (details or {}).get("deployments", {}).values()
+    return dict(_get_global_client().get_serve_details()["applications"])
+
+
+def replicas_of(application: str) -> list[dict[str, Any]]:
+    """Ray's own list of an application's replicas that run: `pid`, `node_id`, …"""
+    deployments = applications().get(application, {}).get("deployments", {}).values()
     return [
         replica
         for one in deployments
@@ -121,3 +125,10 @@ def post(url: str, body: Mapping[str, Any], **options: Any) -> httpx.Response:
 
 def get(url: str, **options: Any) -> httpx.Response:
     return httpx.get(url, timeout=LONG_S, trust_env=False, **options)
+
+
+def answers(url: str) -> bool:
+    """Whether a service that waits answers at this address."""
+    with contextlib.suppress(httpx.TransportError):
+        return post(f"{url}/predict", {"input": 0}).is_success
+    return False

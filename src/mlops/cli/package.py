@@ -60,15 +60,8 @@ def package(
 ) -> None:
     """Store a trained model under a tag and build its Bento."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
+    from mlops.cli.progress import bytes_progress
     from mlops.client import create_client
     from mlops.serving.bentoml.config import BentoMLConfig
     from mlops.serving.bentoml.packager import ModelPackager, PackageConfig
@@ -93,15 +86,7 @@ def package(
     console = Console(stderr=True, markup=False)
     console.print(f"{checkpoint.path}: {checkpoint.description}", highlight=False)
     num_bytes = sum(file.size for file in packager.collect_model_files())
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
+    with bytes_progress(console) as progress:
         storing = progress.add_task("storing", total=num_bytes)
         result = packager.package_model(
             build_bento=bento,

@@ -22,28 +22,13 @@ def push(
 ) -> None:
     """Copy a Bento and its models to a shared place; what is there already is not copied."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
+    from mlops.cli.progress import bytes_progress
     from mlops.registry.index import local_index
     from mlops.registry.location import without_secrets
     from mlops.registry.shared import publish
 
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, markup=False),
-        transient=True,
-    ) as progress:
+    with bytes_progress(Console(stderr=True, markup=False)) as progress:
         pushing = progress.add_task("pushing", total=local_index(tag).size)
         digest = publish(
             tag, location, progress=lambda num_bytes: progress.advance(pushing, num_bytes)

@@ -12,13 +12,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import yaml
 from serving_process import MLOPS, ServingProcess, free_port
 
-from ray_cluster import LONG_S, RayCluster, post, wait_until
+from ray_cluster import LONG_S, RayCluster, answers, applications, post, processes, wait_until
 
 
 def mlops(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -99,24 +98,28 @@ def test_what_the_dry_run_prints_is_what_ray_serve_takes(
         timeout=LONG_S,
     )
     try:
-        wait_until(lambda: _answers(f"{cluster.url}/tests-waiting"))
+        wait_until(lambda: answers(f"{cluster.url}/tests-waiting"))
         told = mlops("status", "--ray-address", cluster.address, "--json", home=home)
         (row,) = json.loads(told.stdout)
         assert (row["bento_tag"], row["status"]) == ("waiting:2.0.0", "RUNNING")
         told = mlops("status", "--ray-address", cluster.address, home=home)
         assert "tests-waiting" in told.stdout and "1 running of 1" in told.stdout
+        for change in (["deploy", "waiting:1.0.0"], ["scale", "tests-waiting", "2"]):
+            refused = mlops(*change, "--ray-address", cluster.address, home=home)
+            assert refused.returncode == 1
+            assert "was deployed from a file" in refused.stderr
     finally:
         gone = mlops("undeploy", "tests-waiting", "--ray-address", cluster.address, home=home)
     assert gone.returncode == 0, gone.stderr
+
+    # Nor does it come back with a new controller, which reads the file again.
+    before = processes("ray::ServeController")  # forks of it among them
+    for process in before:
+        process.kill()
+    wait_until(lambda: set(processes("ray::ServeController")) - set(before))
+    assert applications() == {}
     told = mlops("status", "--ray-address", cluster.address, home=home)
     assert "nothing is deployed" in told.stdout
-
-
-def _answers(url: str) -> bool:
-    try:
-        return post(f"{url}/predict", {"input": 0}).is_success
-    except httpx.TransportError:
-        return False
 
 
 @pytest.mark.parametrize(

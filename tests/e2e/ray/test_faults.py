@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
 
-import httpx
-import psutil
-
 from mlops.serving.ray import status
-from ray_cluster import RayCluster, post, replicas_of, wait_until
+from ray_cluster import RayCluster, answers, post, processes, replicas_of, wait_until
 from ray_load import Load, deployed
-
-
-def processes(name: str) -> list[psutil.Process]:
-    """Ray's processes of this kind, of both nodes."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        body = {"input": 0}
-        return httpx.post(f"{url}/predict", json=body, timeout=30, trust_env=False).is_success
-    return False
 
 
 def test_replicas_proxies_and_the_controller_are_replaced(cluster: RayCluster) -> None:

@@ -26,6 +26,7 @@ from mlops.cli.push import push
 from mlops.errors import BentoMLError, IntegrityError, PackagingError
 from mlops.registry import ModelStore, resolve, shared, verify
 from mlops.registry.location import Location
+from racing import race
 
 
 def state(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -266,24 +267,9 @@ def test_of_four_processes_one_downloads(published: Published, tmp_path: Path) -
         shared.fetch(*sys.argv[1:], progress=counted.append)
         print(sum(counted), shared.local_digest(sys.argv[1]))
     """)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, TAG, published.digest, str(published.place)],
-            env={**os.environ, "BENTOML_HOME": str(tmp_path / "home")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=120)[0].split() for process in processes]
+    given = [TAG, published.digest, str(published.place)]
+    env = {**os.environ, "BENTOML_HOME": str(tmp_path / "home")}
+    said = [told.split() for told in race(script, [given] * 4, env)]
     assert sorted(int(num_bytes) for num_bytes, _ in said) == [0, 0, 0, size_of(published)]
     assert {digest for _, digest in said} == {published.digest}
 

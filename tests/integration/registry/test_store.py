@@ -16,6 +16,7 @@ import pytest
 from mlops.errors import IntegrityError, PackagingError
 from mlops.registry import ModelStore, StoredModel
 from mlops.registry.manifest import FILE_NAME
+from racing import race
 from tiny_models import write_language_model
 
 
@@ -388,23 +389,7 @@ def test_of_eight_writers_of_one_tag_one_wins(bentoml_home: Path, tmp_path: Path
         except PackagingError as exc:
             print("lost", exc)
     """)
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / f"source{number}"), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(8)
-    ]
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    said = [writer.communicate(timeout=120)[0] for writer in writers]
+    said = race(script, [[str(tmp_path / f"source{number}"), str(number)] for number in range(8)])
     winners = [line for line in said if line.startswith("won")]
     assert len(winners) == 1, said
     assert sum("lost race:1.0.0 is taken by other content" in line for line in said) == 7

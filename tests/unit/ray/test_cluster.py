@@ -156,6 +156,7 @@ def test_an_application_of_ours_is_read(mode: str) -> None:
         "",
         {"RUNNING": 2, "STARTING": 1, "STOPPING": 1},
         3,
+        is_from_file=False,
     )
     assert found.num_running == 2
 

@@ -98,6 +98,28 @@ class Cluster:
             else:
                 return
 
+    def forget_file(self, application: str) -> None:
+        """Take an application out of what `serve deploy` or KubeRay asked for, if it is in there.
+
+        Ray Serve asks for all of that again whenever its controller starts anew, also for what has
+        been taken away since. An application that runs because of it ends.
+        """
+        import ray
+        from ray.serve.schema import ServeDeploySchema
+
+        if not _serve_runs():
+            return
+        with translated(self.address):
+            wanted = ray.get(_client()._controller.get_app_configs.remote())
+            if wanted.pop(application, None) is None:
+                return
+            _client().deploy_apps(
+                ServeDeploySchema(
+                    applications=list(wanted.values()),
+                    target_capacity=_client().get_serve_details().get("target_capacity"),
+                )
+            )
+
     def running(self) -> dict[str, RunningApplication]:
         """The Serve applications of this toolkit, by name; {} where Serve does not run."""
         if not _serve_runs():
@@ -117,6 +139,7 @@ class RunningApplication:
         message: Ray Serve's, of the application or of its deployment; "" when all is well.
         replicas: how many there are, by Ray Serve's name for their state.
         target: how many there are to be.
+        is_from_file: `serve deploy` or KubeRay asked for it.
     """
 
     name: str
@@ -125,6 +148,7 @@ class RunningApplication:
     message: str
     replicas: Mapping[str, int]
     target: int
+    is_from_file: bool
 
     @classmethod
     def read(cls, name: str, details: Mapping[str, Any]) -> RunningApplication | None:
@@ -148,6 +172,7 @@ class RunningApplication:
                 one.get("message") or details.get("message") or "",
                 states,
                 one.get("target_num_replicas") or 0,
+                _text(details.get("source")) == "declarative",
             )
         return None
 

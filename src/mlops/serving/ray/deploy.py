@@ -89,9 +89,12 @@ def deploy(
         tell("starting Ray")
     with connected(plan.config.ray_address) as cluster:
         before = cluster.running().get(plan.application)
-        _check_same_service(plan, before)
+        if before is not None:
+            _check_same_service(plan, before)
+            _check_not_from_file(before)
         share(plan, tell)
         cluster.start_serve(plan.config)
+        cluster.forget_file(plan.application)
         if before is not None and before.plan.version == plan.version:
             _check_adapters(plan, cluster)
         return _run(plan, before, cluster, timeout_s, tell)
@@ -127,6 +130,7 @@ def scale(
     low, high = (replicas, replicas) if isinstance(replicas, int) else replicas
     with connected(ray_address) as cluster:
         before = _find(application, cluster)
+        _check_not_from_file(before)
         plan = before.plan.with_config(ray_min_replicas=low, ray_max_replicas=high)
         if plan.config.http.enable_runtime_adapters and high > 1:
             raise ConfigError("http.enable_runtime_adapters needs one replica; this asks for more")
@@ -143,6 +147,7 @@ def undeploy(application: str, ray_address: str | None = None) -> None:
         from ray import serve  # not before: see `use_token`
 
         _find(application, cluster)
+        cluster.forget_file(application)
         with translated(cluster.address):
             serve.delete(application)
 
@@ -173,9 +178,18 @@ def share(plan: Plan, tell: Progress) -> None:
             shared.publish(reference.partition("@")[0], source)
 
 
-def _check_same_service(plan: Plan, before: RunningApplication | None) -> None:
-    if before is None:
-        return
+def _check_not_from_file(before: RunningApplication) -> None:
+    """Ray Serve would go back to the file when its controller starts anew."""
+    if before.is_from_file:
+        raise DeploymentError(
+            f"the application {before.name!r} was deployed from a file (`serve deploy`, KubeRay): "
+            f"change that and apply it again, or first `mlops undeploy {before.name}`",
+            _OPERATION,
+            {"application": before.name},
+        )
+
+
+def _check_same_service(plan: Plan, before: RunningApplication) -> None:
     ours, theirs = plan.config, before.plan.config
     if (ours.project_name, ours.service_name) != (theirs.project_name, theirs.service_name):
         raise DeploymentError(
