@@ -57,8 +57,14 @@ class RayCluster:
     def add_node(self, **options: Any) -> Any:
         return self.cluster.add_node(num_cpus=1, **options)
 
-    def settings(self, **ray: Any) -> dict[str, Any]:
-        """A deployment's settings: small replicas here, as many as are asked for."""
+    def settings(self, *, on: str | None = "head", **ray: Any) -> dict[str, Any]:
+        """A deployment's settings: small replicas here, as many as are asked for.
+
+        Args:
+            on: the nodes with this resource, or any. Each further node starts a proxy.
+        """
+        if on is not None:
+            ray["resources"] = {on: 0.001}
         return {
             "ray_address": self.address,
             "serving_backend": "hybrid",
@@ -78,10 +84,10 @@ class RayCluster:
         self.cluster.shutdown()
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """Ray's processes of this kind, of both nodes."""
+def processes(name: str, of: int | None = None) -> list[psutil.Process]:
+    """Ray's processes of this kind below one with this id; without it those of all nodes here."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(of).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if name in " ".join(process.cmdline()):
                 found.append(process)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import httpx
 
 SERVE_EPILOG = """Examples:
 
@@ -28,6 +32,7 @@ PREDICT_EPILOG = """Examples:
 
 KEY_VARIABLE = "MLOPS_API_KEY"
 
+_MAX_FOREIGN = 200
 _SERVICE_FILES = ("bento.yaml", "bentofile.yaml", "service.py")
 _SERVICE = """from mlops.serving.bentoml.service import create_bentoml_service
 
@@ -191,12 +196,22 @@ def ask(
             return {"prediction": answer["prediction"], **answer}
         reason = answer["error"]["message"]
     except (ValueError, KeyError, TypeError) as exc:
-        raise ServiceError(
-            f"what answers at {url} is no service of this toolkit (status {response.status_code})",
-            "predict",
-            details,
-        ) from exc
+        raise ServiceError(_foreign(url, response), "predict", details) from exc
     if response.status_code == httpx.codes.UNAUTHORIZED:
         reason, _, _ = reason.partition(":")
         reason += f": give one of its keys with --api-key or {KEY_VARIABLE}"
     raise ServiceError(f"the service refused: {reason}", "predict", details)
+
+
+def _foreign(url: str, response: httpx.Response) -> str:
+    """What to say of an answer that no service of this toolkit has written.
+
+    Ray Serve's proxy writes some: for a path that is not there, a full queue, a replica that died.
+    """
+    first = next((line.strip() for line in response.text.splitlines() if line.strip()), "")
+    is_plain = first.isprintable() and "<" not in first
+    told = f": {first[:_MAX_FOREIGN]}" if first and is_plain else ""
+    code = response.status_code
+    if code == HTTPStatus.TOO_MANY_REQUESTS or code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return f"{url} cannot answer now (status {code}){told}"
+    return f"what answers at {url} is no service of this toolkit (status {code}){told}"

@@ -121,8 +121,13 @@ def _node(log: Path, options: Sequence[str]) -> Iterator[None]:
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start"]
     command += ["--block", "--num-cpus", "1", "--disable-usage-stats"]
     command += ["--node-ip-address", "127.0.0.1", *options]
+    from mlops.serving.ray.cluster import SERVING_ENVIRONMENT
+
+    environment = {**SERVING_ENVIRONMENT, **os.environ}
     with log.open("w") as output:
-        node = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        node = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     try:
         yield
     finally:

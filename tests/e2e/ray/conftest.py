@@ -49,8 +49,10 @@ def home(folder: Path) -> Path:
 def started_cluster(home: Path) -> Iterator[RayCluster]:
     import ray
 
+    from mlops.serving.ray.cluster import SERVING_ENVIRONMENT
+
     # The test process has modules that a replica does not find by itself.
-    with environment(BENTOML_HOME=str(home), RAY_USAGE_STATS_ENABLED="0"):
+    with environment(BENTOML_HOME=str(home), RAY_USAGE_STATS_ENABLED="0", **SERVING_ENVIRONMENT):
         cluster = RayCluster(home)
         ray.init(cluster.address, log_to_driver=False, logging_level="error")
         try:

@@ -93,16 +93,6 @@ def test_each_project_has_its_own_path(cluster: RayCluster) -> None:
         assert get(f"{second}/health").status_code == 200
 
 
-def test_what_waits_is_bounded(cluster: RayCluster) -> None:
-    settings = {**cluster.settings(), "max_batch_size": 1}
-    with deployed("waiting:1.0.0", settings) as url:
-        with Load(f"{url}/predict", {"input": 0.5}, num_clients=24) as load:
-            wait_until(lambda: load.statuses[429] and load.statuses[200])
-        refused = next(one for _, one in load.answers if one.status_code == 429)
-        assert refused.headers["retry-after"] == "1"
-        assert set(load.statuses) == {200, 429}
-
-
 def test_load_brings_replicas(cluster: RayCluster) -> None:
     settings = {
         **cluster.settings(upscale_delay_s=0, target_ongoing_requests=2),

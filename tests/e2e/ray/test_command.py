@@ -39,6 +39,9 @@ def test_a_cluster_of_its_own_ends_when_its_requests_have(home: Path, tmp_path: 
         assert f"answers at {server.url}" in server.told()
         assert "dashboard    http://" in server.told()
 
+        (replica,) = processes("ray::ServeReplica", of=server.process.pid)
+        assert replica.nice() == psutil.Process().nice()
+
         # SIGTERM under load: what runs is answered, and then everything is gone.
         statuses = Counter[int]()
 

@@ -27,7 +27,7 @@ def tiny(started_cluster: RayCluster, home: Path) -> Iterator[Deployed]:
     with environment(BENTOML_HOME=str(home)):
         deployed = deploy(
             "tiny:1.0.0",
-            {**started_cluster.settings(), "ray_min_replicas": 2, "ray_max_replicas": 2},
+            {**started_cluster.settings(on=None), "ray_min_replicas": 2, "ray_max_replicas": 2},
         )
     yield deployed
     undeploy(deployed.application)

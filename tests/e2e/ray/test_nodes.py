@@ -32,7 +32,7 @@ def test_ray_serve_alone_needs_no_bentoml(cluster: RayCluster, tmp_path: Path) -
     (tmp_path / "bentoml").mkdir()
     (tmp_path / "bentoml" / "__init__.py").write_text("raise ImportError('no BentoML here')\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    here = {**cluster.settings(resources={"more": 1}), "ray_min_replicas": 1}
+    here = {**cluster.settings(on="more"), "ray_min_replicas": 1}
     with node(cluster, env_vars={"PYTHONPATH": path}, num_gpus=1):
         with pytest.raises(DeploymentError, match="no BentoML here"):
             deploy("tiny:1.0.0", here)
@@ -62,12 +62,12 @@ def _gpus_in_use() -> float:
 def test_a_node_fetches_what_its_store_lacks_once(cluster: RayCluster, tmp_path: Path) -> None:
     home, source = tmp_path / "home", tmp_path / "shared"
     settings = {
-        **cluster.settings(resources={"more": 1}, model_source=str(source)),
+        **cluster.settings(on="more", model_source=str(source)),
         "ray_min_replicas": 2,
         "ray_max_replicas": 2,
     }
     with node(cluster, env_vars={"BENTOML_HOME": str(home)}):
-        without = {**settings, "ray": {"resources": {"more": 1}}}
+        without = cluster.settings(on="more")
         with pytest.raises(DeploymentError, match="no .*tiny:1.0.0"):
             deploy("tiny:1.0.0", without)
         with deployed("tiny:1.0.0", settings) as url:

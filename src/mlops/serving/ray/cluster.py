@@ -30,7 +30,11 @@ LOCAL = "local"
 LISTENS_S = 5.0
 ASK_TRIES = 4
 
-_USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
+SERVING_ENVIRONMENT = {"RAY_worker_niceness": "0"}
+"""For `ray start`: replicas run with the priority of any other server. Ray's own choice, 15, lets
+whatever else runs on the machine go first."""
+
+_LOCAL_ENVIRONMENT = {**SERVING_ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}
 _MAX_REASON = 2000
 
 
@@ -232,7 +236,8 @@ def _connect(address: str) -> Cluster:
     logging.getLogger("ray.serve").addFilter(_is_warning)  # it tells each step
     is_local = address == LOCAL
     if is_local:
-        os.environ.setdefault(_USAGE_VARIABLE, "0")
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     try:
         context = ray.init(
             address=address,
