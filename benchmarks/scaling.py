@@ -38,12 +38,14 @@ from benchmarks.clients import ask_all
 from benchmarks.load import put_load
 from benchmarks.models import adapter_folders, make_prompts, write_models
 from benchmarks.report import Figure
-from benchmarks.servers import MAX_ROWS, REPOSITORY, running
+from benchmarks.servers import END_S, MAX_ROWS, REPOSITORY, running
 
 NUM_CLIENTS = 16
 NUM_TOKENS = 64
 NUM_REQUESTS = 48
 SLEEP_S = 0.02
+SLEEP_CLIENTS = 32
+"""Two batches for each of two replicas: one runs, the next one waits."""
 NUM_SLEEPS = 1000
 NUM_ADAPTERS = 16
 NUM_RESIDENT = 8
@@ -149,7 +151,7 @@ def _measure_sleeping(folder: Path, home: Path, runs: int) -> list[Figure]:
             for replicas in (1, 2):
                 cluster.scale(str(replicas))
                 load = put_load(
-                    cluster.port, "/predict", NUM_CLIENTS, NUM_SLEEPS * replicas, {"input": 1}
+                    cluster.port, "/predict", SLEEP_CLIENTS, NUM_SLEEPS * replicas, {"input": 1}
                 )
                 rates[replicas] = load.requests_per_s
             scaling.append((rates[2], rates[1]))
@@ -296,12 +298,18 @@ class _Deployed:
         config = _write_config(self.folder, settings)
         self._mlops("deploy", tag, "--config", str(config), "--replicas", "2")
 
+    def _address(self) -> str:
+        """Of the cluster; it is told a moment after the service answers."""
+        give_up_s = time.monotonic() + END_S
+        while time.monotonic() < give_up_s:
+            if told := re.search(r"cluster +(\S+:\d+)", (self.folder / "log").read_text()):
+                return told[1]
+            time.sleep(0.1)
+        raise SystemExit("the deployment does not say where its cluster is")
+
     def _mlops(self, *arguments: str) -> None:
-        told = re.search(r"cluster +(\S+:\d+)", (self.folder / "log").read_text())
-        if told is None:
-            raise SystemExit("the deployment does not say where its cluster is")
         command = [sys.executable, "-c", "from mlops.cli import main; main()", *arguments]
-        command += ["--ray-address", told[1]]
+        command += ["--ray-address", self._address()]
         environment = {**os.environ, **self.environment}
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 

@@ -17,6 +17,8 @@ import pytest
 import yaml
 from serving_process import MLOPS, ServingProcess, free_port
 
+from mlops.errors import DeploymentError
+from mlops.serving.ray import deploy, scale
 from ray_cluster import LONG_S, RayCluster, answers, applications, post, processes, wait_until
 
 
@@ -107,10 +109,10 @@ def test_what_the_dry_run_prints_is_what_ray_serve_takes(
         assert (row["bento_tag"], row["status"]) == ("waiting:2.0.0", "RUNNING")
         told = mlops("status", "--ray-address", cluster.address, home=home)
         assert "tests-waiting" in told.stdout and "1 running of 1" in told.stdout
-        for change in (["deploy", "waiting:1.0.0"], ["scale", "tests-waiting", "2"]):
-            refused = mlops(*change, "--ray-address", cluster.address, home=home)
-            assert refused.returncode == 1
-            assert "was deployed from a file" in refused.stderr
+        with pytest.raises(DeploymentError, match="deployed from a file.* change that and apply"):
+            deploy("waiting:1.0.0", cluster.settings())
+        with pytest.raises(DeploymentError, match="deployed from a file"):
+            scale("tests-waiting", 2, cluster.address)
     finally:
         gone = mlops("undeploy", "tests-waiting", "--ray-address", cluster.address, home=home)
     assert gone.returncode == 0, gone.stderr

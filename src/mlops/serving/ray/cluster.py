@@ -4,7 +4,8 @@
     "local"              one of this process's own, which ends with it
     "HOST:PORT", "ray://HOST:PORT"
 
-What Ray Serve does not offer publicly is asked for here and nowhere else.
+What Ray Serve does not offer publicly is asked for here, but for a deployment's version
+(`application`).
 """
 
 from __future__ import annotations

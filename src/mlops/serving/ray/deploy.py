@@ -247,15 +247,15 @@ def _run(
 
 def _apply(plan: Plan, cluster: Cluster) -> None:
     """Tell Ray Serve; it does the rest."""
-    from ray.serve.api import RunTarget, run_many
+    from ray import serve
 
     from mlops.serving.ray.application import bind
 
     with translated(cluster.address):
         share_of_gpu = 1.0 if cluster.num_gpus and plan.config.apple_silicon.enable_mps else 0.0
         application = bind(plan, num_gpus=share_of_gpu)
-        target = RunTarget(application, name=plan.application, route_prefix=plan.route_prefix)
-    cluster.ask(lambda: run_many([target], wait_for_applications_running=False))
+        target = serve.RunTarget(application, name=plan.application, route_prefix=plan.route_prefix)
+    cluster.ask(lambda: serve.run_many([target], wait_for_applications_running=False))
 
 
 def _wait(plan: Plan, cluster: Cluster, timeout_s: float, tell: Progress) -> int:
