@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def session_of(
     models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[Path], DocumentSession]]:

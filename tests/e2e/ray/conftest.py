@@ -12,9 +12,14 @@ from ray_cluster import RayCluster, environment
 from ray_services import build_waiting, package_tiny, write_models
 
 
+def _is_here(item: pytest.Item) -> bool:
+    return Path(__file__).parent in Path(item.path).parents
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_is_here)  # last: the cluster stays until the session ends
     for item in items:
-        if Path(__file__).parent in Path(item.path).parents:
+        if _is_here(item):
             # Ray's own threads, sockets and processes.
             for kind in ("ResourceWarning", "DeprecationWarning", "FutureWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
