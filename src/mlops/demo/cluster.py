@@ -118,11 +118,11 @@ def _cluster(folder: Path, console: Console) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _node(log: Path, options: Sequence[str]) -> Iterator[None]:
+    from mlops.serving.ray.cluster import SERVING_ENVIRONMENT
+
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start"]
     command += ["--block", "--num-cpus", "1", "--disable-usage-stats"]
     command += ["--node-ip-address", "127.0.0.1", *options]
-    from mlops.serving.ray.cluster import SERVING_ENVIRONMENT
-
     environment = {**SERVING_ENVIRONMENT, **os.environ}
     with log.open("w") as output:
         node = subprocess.Popen(

@@ -112,18 +112,15 @@ class Cluster:
         import ray
         from ray.serve.schema import ServeDeploySchema
 
-        if not _serve_runs():
-            return
         with translated(self.address):
-            wanted = ray.get(_client()._controller.get_app_configs.remote())
-            if wanted.pop(application, None) is None:
-                return
-            _client().deploy_apps(
-                ServeDeploySchema(
-                    applications=list(wanted.values()),
-                    target_capacity=_client().get_serve_details().get("target_capacity"),
+            client = _client()
+            wanted = ray.get(client._controller.get_app_configs.remote())
+            if application in wanted:
+                del wanted[application]
+                capacity = client.get_serve_details().get("target_capacity")
+                client.deploy_apps(
+                    ServeDeploySchema(applications=list(wanted.values()), target_capacity=capacity)
                 )
-            )
 
     def running(self) -> dict[str, RunningApplication]:
         """The Serve applications of this toolkit, by name; {} where Serve does not run."""
