@@ -14,7 +14,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
-.PHONY: help setup reference demo demo-ray serve test check format bench bench-ray docs lock clean
+.PHONY: help setup reference demo demo-ray serve test attack check format bench bench-ray docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
@@ -36,6 +36,9 @@ serve: setup ## the demo's service, left running until Ctrl-C
 
 test: setup reference ## all tests
 	@python -m pytest
+
+attack: setup ## the attacks on services and stores, the long ones too; they stay on loopback
+	@python -m pytest -m attacks tests/attacks
 
 check: setup ## lint, format, types, layers
 	@ruff check .

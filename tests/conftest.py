@@ -29,7 +29,7 @@ TESTS = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         level = Path(item.path).relative_to(TESTS).parts[0]
-        if level in {"unit", "integration", "e2e", "docs"}:
+        if level in {"unit", "integration", "e2e", "docs", "attacks"}:
             item.add_marker(level)
 
 
