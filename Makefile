@@ -34,8 +34,8 @@ demo-ray: setup ## the demo's Bento on a Ray cluster of two nodes on this machin
 serve: setup ## the demo's service, left running until Ctrl-C
 	@mlops demo $(if $(MODEL),--model "$(MODEL)") --keep-serving
 
-test: setup reference ## all tests
-	@python -m pytest
+test: setup reference ## all tests, in two processes
+	@python -m pytest -n 2
 
 attack: setup ## the attacks on services and stores, the long ones too; they stay on loopback
 	@python -m pytest -m attacks tests/attacks
