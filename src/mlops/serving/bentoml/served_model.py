@@ -22,6 +22,7 @@ from mlops.errors import ConfigError, MLOpsError, ServiceError
 from mlops.serving.bentoml import supervision
 from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
 from mlops.serving.http import RunnerHost, Served, ServiceInfo
+from mlops.serving.http.kept_adapters import KeptAdapters
 from mlops.serving.runner.base import Runner
 
 MODEL_TYPES = ("mlx", "lora", "custom")
@@ -111,6 +112,8 @@ def make_served_model(
     make_runner = _runner_maker(
         runner_class or _runner_class(kind, settings), place, settings, given, kind
     )
+    if kept := _kept_adapters(settings):
+        make_runner = functools.partial(_make_after_changes, make_runner, kept)
     info = ServiceInfo(
         service_name=settings.service_name,
         project_name=settings.project_name,
@@ -126,11 +129,13 @@ def make_served_model(
         max_latency_ms=settings.max_latency_ms,
         max_waiting=WAITING_PER_BATCH * settings.max_batch_size,
         timeout_s=settings.timeout,
+        complete=kept.load_again if kept else None,
         on_loaded=supervision.end_loading,
         on_failure=supervision.report_failure,
     )
     recipe = {"model_path": place, "model_type": kind, **given}
-    return ServedModel(settings, Served(host, info), None if runner_class else recipe)
+    served = Served(host, info, kept_adapters=kept)
+    return ServedModel(settings, served, None if runner_class else recipe)
 
 
 def settings_of(
@@ -274,7 +279,7 @@ def _runner_maker(
     settings: BentoMLConfig,
     given: Mapping[str, Any],
     model_type: str,
-) -> Callable[[], Runner]:
+) -> functools.partial[Runner]:
     """A function that makes the runner, with the arguments that it takes.
 
     Raises:
@@ -318,6 +323,23 @@ def _runner_maker(
             )
         arguments = {name: value for name, value in arguments.items() if name in parameters}
     return functools.partial(make, model_path, **arguments)
+
+
+def _make_after_changes(make: functools.partial[Runner], kept: KeptAdapters) -> Runner:
+    """The runner without the configured adapters that were unloaded or replaced at run time."""
+    kept.read()
+    configured = make.keywords.get("adapters")
+    return make(adapters=kept.without_changed(configured)) if configured else make()
+
+
+def _kept_adapters(settings: BentoMLConfig) -> KeptAdapters | None:
+    """Where adapters are kept that are loaded at run time; None where no worker comes after."""
+    folder = supervision.folder()
+    if folder is None or not settings.http.enable_runtime_adapters:
+        return None
+    allowed = settings.http.adapter_folder
+    file = folder / f"adapters-{settings.service_name}.json"
+    return KeptAdapters(file, Path(allowed) if allowed else None)
 
 
 def _memory_budget_bytes(settings: BentoMLConfig) -> int:

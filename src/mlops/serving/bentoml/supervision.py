@@ -101,6 +101,12 @@ def is_supervised() -> bool:
     return bool(os.environ.get(FOLDER_VARIABLE))
 
 
+def folder() -> Path | None:
+    """The private folder of this run of the command, gone when it ends; None outside of it."""
+    place = os.environ.get(FOLDER_VARIABLE)
+    return Path(place) if place else None
+
+
 def planned_workers(configured: int) -> int:
     """How many workers the service has: as the command says, else as configured."""
     return int(os.environ.get(WORKERS_VARIABLE) or configured)

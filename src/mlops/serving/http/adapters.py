@@ -5,7 +5,8 @@
 
 Off unless the operator turns it on. An adapter comes from the model store, by tag, or from below
 one folder; from nowhere else, and nothing is downloaded. The runner verifies it, checks that it
-fits the base model and loads it, in a thread, one change after the other.
+fits the base model and loads it, in a thread, one change after the other. What has changed is kept
+for a worker that takes this one's place, where the server starts one (`kept_adapters`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ async def post_load_lora_adapter(
     asked = parse(LoadLoraAdapterBody, body)
     name, path, replaces = asked.lora_name, asked.lora_path, bool(asked.load_inplace)
     check_name(name, served.info)
-    folder = served.settings.adapter_folder
+    folder, kept = served.settings.adapter_folder, served.kept_adapters
 
     def load(runner: AdapterRunner) -> None:
         names = runner.adapter_names
@@ -64,12 +65,16 @@ async def post_load_lora_adapter(
         if name not in names and len(names) >= MAX_ADAPTERS:
             raise InvalidRequestError(f"there are {MAX_ADAPTERS} adapters, which is the limit")
         try:
-            runner.add_adapter(name, find_adapter(path, folder), replace=replaces)
+            found = find_adapter(path, folder)
+            adapter = kept and kept.adapter_at(found)
+            runner.add_adapter(name, found, replace=replaces)
         except (InvalidRequestError, EngineShutdownError):
             raise
         except MLOpsError as exc:  # it is missing, damaged or does not fit: the request is wrong
-            reason = _FOLDERS.sub(r"\1", str(exc))
+            reason = without_folders(str(exc))
             raise InvalidRequestError(f"lora_path {path!r}: {reason}", "lora_path") from exc
+        if kept and adapter:
+            kept.loaded(name, adapter)
 
     await _change(served, request, load)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -80,12 +85,24 @@ async def post_unload_lora_adapter(
 ) -> Response:
     """Serve an adapter no more; requests under way finish with it."""
     _check_enabled(served)
-    name = parse(UnloadLoraAdapterBody, body).lora_name
+    name, kept = parse(UnloadLoraAdapterBody, body).lora_name, served.kept_adapters
+
+    def unload(runner: AdapterRunner) -> None:
+        if not (kept and name in kept.missing):
+            runner.remove_adapter(name)
+        if kept:
+            kept.unloaded(name)
+
     try:
-        await _change(served, request, lambda runner: runner.remove_adapter(name))
+        await _change(served, request, unload)
     except AdapterNotFoundError as exc:
         raise HTTPException(404, f"The lora adapter {name[:128]!r} cannot be found.") from exc
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def without_folders(text: str) -> str:
+    """What a client may read of an error: paths of this machine as their last parts."""
+    return _FOLDERS.sub(r"\1", text)
 
 
 def check_name(name: str, info: ServiceInfo) -> None:

@@ -103,6 +103,7 @@ class RunnerHost:
         max_waiting: requests that may wait before new ones get 429, for the model to load or for
             a batch.
         timeout_s: the longest a request may take, waiting included.
+        complete: called with the loaded runner, in the loading thread, before requests reach it.
         on_loaded, on_failure: told how loading ended.
     """
 
@@ -114,6 +115,7 @@ class RunnerHost:
         max_latency_ms: float = 0,
         max_waiting: int = 256,
         timeout_s: float = 300,
+        complete: Callable[[Runner], None] | None = None,
         on_loaded: Callable[[], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
@@ -121,6 +123,7 @@ class RunnerHost:
         self._batch_limit = max_batch_size if callable(max_batch_size) else lambda: max_batch_size
         self._max_latency_ms = max_latency_ms
         self._max_waiting = max_waiting
+        self._complete = complete
         self._on_loaded = on_loaded
         self._on_failure = on_failure
         self._lock = threading.Lock()
@@ -186,6 +189,8 @@ class RunnerHost:
             runner = self._make_runner()
             runner.load_model()
             text_runner = _text_runner(runner)
+            if self._complete:
+                self._complete(runner)
         except BaseException as exc:  # kept, told, and shown by /health
             self._fail(to_exception(exc))
             return

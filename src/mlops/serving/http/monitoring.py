@@ -58,6 +58,8 @@ class Monitoring:
             "digest": served.info.digest,
             **await self._further_facts(),
         }
+        if served.kept_adapters and (missing := served.kept_adapters.missing):
+            body["missing_adapters"] = dict(missing)
         if (failure := served.host.failure) is not None:
             # With keys the service is for strangers too, and this route is open to them.
             body |= describe(failure) if served.settings.api_keys else _told(failure)

@@ -178,6 +178,11 @@ class HealthAnswer(Answer):
     model_tag: str | None = Field(description="The model in the store.")
     digest: str | None = Field(description="Digest of its content.")
     adapters: list[str] | None = Field(None, description="Adapters that a request can name.")
+    missing_adapters: dict[str, str] | None = Field(
+        None,
+        description="Adapters that were loaded at run time and could not be loaded again when the "
+        "worker was restarted, each with the reason.",
+    )
     default_adapter: str | None = Field(None, description="The one of requests that name none.")
     architecture: str | None = Field(None, description="Such as `llama`.")
     device: str | None = Field(None, description="Where the model computes.")

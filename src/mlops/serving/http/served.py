@@ -26,6 +26,7 @@ from mlops.serving.http.settings import HTTPSettings
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
+    from mlops.serving.http.kept_adapters import KeptAdapters
     from mlops.serving.http.prometheus import Metrics
 
 
@@ -76,6 +77,7 @@ class Served:
         cancelling_is_leaving: the server cancels a request when its client leaves.
         elsewhere: where there are other replicas: answers a request that one of them is to answer,
             or returns None, and it is answered here.
+        kept_adapters: for the worker that takes this one's place, where the server starts one.
     """
 
     host: RunnerHost
@@ -89,6 +91,7 @@ class Served:
     limits: Limits | None = None
     cancelling_is_leaving: bool = False
     elsewhere: Elsewhere | None = None
+    kept_adapters: KeptAdapters | None = None
 
 
 Endpoint = Callable[[Served, Request, dict[str, Any]], Awaitable[Response]]
