@@ -1,18 +1,19 @@
 """`bentoml serve` with `--workers`, and `bentoml logs`; loaded by BentoML's command line.
 
 `serve` is BentoML's own command. Around it: `--workers`, 127.0.0.1 as the address where nothing
-else is asked for, and an end with a clear message when a model cannot be loaded.
+else is asked for, an end with a clear message when a model cannot be loaded, and a `--reload` that
+follows the code and the model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import ipaddress
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -47,19 +48,31 @@ def _with_workers(original: click.Command) -> click.Command:
 
 def _around(run: Callable[..., None]) -> Callable[..., None]:
     def serve(workers: int | None, **options: Any) -> None:
+        from mlops.serving.bentoml.reloading import reloading
         from mlops.serving.bentoml.shutdown import signals_watched
+        from mlops.serving.bentoml.sources import load_service, load_with_sources
         from mlops.serving.bentoml.supervision import supervised
 
         try:
             users_own = _chosen_threads()
-            service = _load(options["bento"], options["working_dir"])
+            # Imported here first so that a mistake in it is told at once.
+            target, sources = (options["bento"], options["working_dir"]), None
+            if options["reload"]:
+                service, sources = load_with_sources(*target)
+            else:
+                service = load_service(*target)
+            options["reload"] = False  # BentoML's own would watch every file of the folder
             if workers is not None:
                 _override(service.name, {"workers": workers})
             options["host"] = options["host"] or _default_host(service)
             _check_keys(service, options["host"])
             workers = workers or _configured_workers(service)
             environment = _thread_environment(service, workers, users_own)
-            with supervised(workers, environment), signals_watched():
+            with (
+                supervised(workers, environment),
+                signals_watched() as ending,
+                reloading(*target, sources, ending) if sources else contextlib.nullcontext(),
+            ):
                 run(**options)
         except MLOpsError as exc:
             raise click.ClickException(str(exc)) from exc
@@ -74,18 +87,6 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
             ) from exc
 
     return serve
-
-
-def _load(bento: str, working_dir: str | None) -> Any:
-    """The service, imported here first so that a mistake in it is told at once."""
-    from bentoml._internal.log import configure_server_logging
-    from bentoml._internal.service.loader import load
-
-    configure_server_logging()
-    if working_dir is None:
-        folder = Path(bento).expanduser()
-        working_dir = str(folder) if folder.is_dir() else "."
-    return load(bento, working_dir=working_dir)
 
 
 def _override(service_name: str, settings: dict[str, Any]) -> None:

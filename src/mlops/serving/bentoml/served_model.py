@@ -43,11 +43,13 @@ class ServedModel:
     Attributes:
         recipe: arguments that make the same again under the same settings, in JSON types; None
             where a class of the user's makes the runner.
+        models: the model, its base and the adapters: paths, tags and hub ids.
     """
 
     settings: BentoMLConfig
     served: Served
     recipe: dict[str, Any] | None
+    models: tuple[str, ...]
 
     @property
     def host(self) -> RunnerHost:
@@ -135,7 +137,8 @@ def make_served_model(
     )
     recipe = {"model_path": place, "model_type": kind, **given}
     served = Served(host, info, kept_adapters=kept)
-    return ServedModel(settings, served, None if runner_class else recipe)
+    models = (place, *filter(None, [given["base_model"]]), *given["adapters"].values())
+    return ServedModel(settings, served, None if runner_class else recipe, models)
 
 
 def settings_of(

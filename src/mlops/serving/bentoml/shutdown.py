@@ -143,8 +143,8 @@ class Ending:
 
 
 @contextlib.contextmanager
-def signals_watched() -> Iterator[None]:
-    """In the process of the command, while its arbiter runs.
+def signals_watched() -> Iterator[threading.Event]:
+    """In the process of the command, while its arbiter runs; what it gives is set at a signal.
 
     The arbiter passes a first signal on to the workers as SIGTERM, waits for them for a day, and
     keeps the address open meanwhile. In this block the address is given up at the first signal,
@@ -153,10 +153,13 @@ def signals_watched() -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reading,), name="mlops-signals", daemon=True)
+    was_asked = threading.Event()
+    watcher = threading.Thread(
+        target=_watch, args=(reading, was_asked), name="mlops-signals", daemon=True
+    )
     watcher.start()
     try:
-        yield
+        yield was_asked
     finally:
         signal.set_wakeup_fd(before)
         os.close(writing)
@@ -164,17 +167,16 @@ def signals_watched() -> Iterator[None]:
         os.close(reading)
 
 
-def _watch(reading: int) -> None:
-    was_asked = False
+def _watch(reading: int, was_asked: threading.Event) -> None:
     while numbers := os.read(reading, 64):
         for number in numbers:
-            arbiter = _running_arbiter()
+            arbiter = running_arbiter()
             if number not in {signal.SIGTERM, signal.SIGINT} or arbiter is None:
                 continue
             arbiter.loop.add_callback(_stop_listening, arbiter)
-            if was_asked or number == signal.SIGINT:
+            if was_asked.is_set() or number == signal.SIGINT:
                 _interrupt_workers(arbiter)
-            was_asked = True
+            was_asked.set()
 
 
 def _stop_listening(arbiter: Any) -> None:
@@ -190,7 +192,7 @@ def _interrupt_workers(arbiter: Any) -> None:
                 os.kill(process_id, signal.SIGINT)
 
 
-def _running_arbiter() -> Any:
+def running_arbiter() -> Any:
     """circus's arbiter in this process, once it has installed its signal handlers."""
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return getattr(getattr(handler, "controller", None), "arbiter", None)

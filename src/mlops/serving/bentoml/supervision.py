@@ -8,6 +8,7 @@ then prints the reason and exits with a failure. Outside of the command nothing 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import tempfile
@@ -21,10 +22,15 @@ from mlops.serving.bentoml import logs
 if TYPE_CHECKING:
     from bentoml import Service
 
+logger = logging.getLogger(__name__)
+
 FOLDER_VARIABLE = "MLOPS_SUPERVISOR_FOLDER"
 PROCESS_VARIABLE = "MLOPS_SUPERVISOR_PID"
 WORKERS_VARIABLE = "MLOPS_SUPERVISOR_WORKERS"
 """How many workers there are; the command line wins over the service's configuration."""
+
+RELOAD_VARIABLE = "MLOPS_SUPERVISOR_RELOADS"
+"""Set where the workers start again when the code changes: a failure waits for that."""
 
 MAX_DEATHS = 3
 """Workers that may die while they load before the service is given up."""
@@ -113,11 +119,17 @@ def planned_workers(configured: int) -> int:
 
 
 def report_failure(exc: Exception) -> None:
-    """Leave the reason and ask the command's process to stop. The first reason counts."""
+    """Leave the reason and ask the command's process to stop. The first reason counts.
+
+    With `--reload` the server goes on: the next change may mend it.
+    """
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return
     message = str(exc) if isinstance(exc, MLOpsError) else f"{type(exc).__name__}: {exc}"
+    if os.environ.get(RELOAD_VARIABLE):
+        logger.error("%s; waiting for a change of the code or the model", message)
+        return
     with contextlib.suppress(FileExistsError), Path(folder, _REASON).open("x") as file:
         file.write(message)
     with contextlib.suppress(ProcessLookupError):
