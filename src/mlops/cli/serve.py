@@ -52,7 +52,9 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(help="Processes; each loads its own copy of the model.")
     ] = None,
-    reload: Annotated[bool, typer.Option(help="Start again when the code changes.")] = False,
+    reload: Annotated[
+        bool, typer.Option(help="Start again when the code or the model changes.")
+    ] = False,
 ) -> None:
     """Serve a Bento, a service or a model over HTTP."""
     import tempfile

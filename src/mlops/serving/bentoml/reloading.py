@@ -48,8 +48,7 @@ def reloading(
     """
     reloader = _Reloader(target, working_dir, sources, ending)
     thread = threading.Thread(target=reloader.run, name="mlops-reload", daemon=True)
-    num_models = len(sources.models)
-    models = f" and {num_models} of models and adapters" if num_models else ""
+    models = " and the model" if sources.models else ""
     click.echo(f"Watching {len(sources.code)} files of code{models} for changes.", err=True)
     os.environ[RELOAD_VARIABLE] = "1"  # for the workers
     thread.start()
@@ -90,8 +89,10 @@ class _Reloader:
             return
         self._follow(found, now)
         if found.error:
-            click.echo(f"{what}, and the service cannot be imported: {found.error}", err=True)
-            click.echo("It goes on as it was until the next change.", err=True)
+            click.echo(
+                f"{what}; the service goes on as it was until that is mended: {found.error}",
+                err=True,
+            )
         elif not self._ending.is_set():
             click.echo(f"{what}: starting the workers again.", err=True)
             self._restart()
@@ -123,7 +124,7 @@ class _Reloader:
             return Sources(None, (), error=f"the import ended with status {process.returncode}")
         sources = Sources.from_json(answer)
         if not sources.error and sources.name != self._name:
-            reason = f"it is called {sources.name!r} now, not {self._name!r}: serve it anew"
+            reason = f"it was called {self._name!r} and is {sources.name!r} now: serve it anew"
             return Sources(None, sources.code, sources.models, reason)
         return sources
 
