@@ -70,6 +70,8 @@ def test_bento_serves_without_the_source(
         health = httpx.get(f"{server.url}/health").json()
         assert health["model_tag"] == result["model_tag"]
         assert health["digest"] == result["model_digest"]
+        described = httpx.get(f"{server.url}/openapi.json").json()["info"]
+        assert described["version"] == result["bento_tag"].partition(":")[2]
         body = {"text": "hello", "max_tokens": 8, "temperature": 0}
         plain = httpx.post(f"{server.url}/predict", json=body, timeout=60).json()
         tone = httpx.post(f"{server.url}/predict", json={**body, "adapter": "tone"}, timeout=60)

@@ -23,7 +23,7 @@ from mlops.engine.request import FIELDS, PROMPT_FIELDS
 from mlops.errors import InvalidRequestError
 from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
 from mlops.serving.http.docs_page import SWAGGER_FILES
-from mlops.serving.http.openapi import Features, describe_api, features_of
+from mlops.serving.http.openapi import Features, describe_api, encode_api, features_of
 from mlops.serving.http.operations import OPERATIONS, STATUS_MEANINGS, Offer
 
 ALL = frozenset(Offer) - {Offer.CUSTOM}
@@ -45,7 +45,8 @@ def described(*, has_keys: bool = False, offers: frozenset[Offer] = ALL) -> dict
 def test_it_is_openapi(offers: frozenset[Offer], has_keys: bool) -> None:
     document = described(offers=offers, has_keys=has_keys)
     jsonschema.Draft202012Validator(OPENAPI_31).validate(document)
-    assert document["info"]["version"] == __version__
+    toolkit = f"mlx-mlops {__version__}"
+    assert document["info"]["version"] == document["info"]["x-generator"] == toolkit
     for schema in document["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
     names = {
@@ -54,6 +55,25 @@ def test_it_is_openapi(offers: frozenset[Offer], has_keys: bool) -> None:
         for name in named
     }
     assert set(references(document)) <= names
+
+
+@pytest.mark.parametrize(
+    ("model_tag", "bento", "version"),
+    [
+        ("my_model:1.0.0", "2.0.0", "2.0.0"),
+        ("my_model:1.0.0", None, "1.0.0"),
+        (None, "2.0.0", "2.0.0"),
+        (None, None, f"mlx-mlops {__version__}"),
+    ],
+)
+def test_its_version_is_that_of_what_is_served(
+    model_tag: str | None, bento: str | None, version: str
+) -> None:
+    one = served(info=ServiceInfo("my_service", model_tag=model_tag))
+    one.version = bento
+    info = json.loads(encode_api(features_of(one)))["info"]
+    assert info["version"] == version
+    assert info["x-generator"] == f"mlx-mlops {__version__}"
 
 
 def references(value: Any) -> Iterator[str]:

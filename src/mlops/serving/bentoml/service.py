@@ -123,6 +123,7 @@ def _bentoml_service(model: ServedModel) -> Service[Any]:
         def to_asgi(self, is_main: bool = True) -> Starlette:
             logs.configure(self)
             served.tracer_provider = _tracer_provider()
+            served.version = self.bento.tag.version if self.bento else None
             try:
                 model.read_http_settings()
             except ConfigError as exc:  # the keys; BentoML would start the worker for ever

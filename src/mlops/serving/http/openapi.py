@@ -28,6 +28,7 @@ from mlops.serving.http.schemas_openai import OpenAIErrorAnswer
 from mlops.serving.http.schemas_service import ErrorAnswer
 from mlops.serving.http.served import Served
 
+TOOLKIT = f"mlx-mlops {__version__}"
 JSON = "application/json"
 EVENTS = "text/event-stream"
 _REFERENCE = "#/components/schemas/{model}"
@@ -42,11 +43,13 @@ class Features:
     Attributes:
         offers: what it has of that which a service may lack.
         has_keys: whether requests must carry an API key.
+        version: of what is served; by default the toolkit's, by name.
     """
 
     title: str
     offers: frozenset[Offer]
     has_keys: bool = False
+    version: str = TOOLKIT
 
 
 def features_of(served: Served) -> Features:
@@ -64,10 +67,12 @@ def features_of(served: Served) -> Features:
         Offer.METRICS: settings.enable_metrics,
         Offer.RUNTIME_ADAPTERS: settings.enable_runtime_adapters and not is_custom,
     }
+    _, _, model_version = (served.info.model_tag or "").partition(":")
     return Features(
         served.info.service_name,
         frozenset(offer for offer, is_there in offers.items() if is_there),
         bool(settings.api_keys),
+        served.version or model_version or TOOLKIT,
     )
 
 
@@ -101,8 +106,9 @@ def describe_api(features: Features) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": features.title,
-            "version": __version__,
+            "version": features.version,
             "description": INTRODUCTION,
+            "x-generator": TOOLKIT,
         },
         "servers": [{"url": "./"}],
         "tags": [

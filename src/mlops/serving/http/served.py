@@ -68,6 +68,7 @@ class Served:
     """One served model.
 
     Attributes:
+        version: of the Bento that is served; None without one.
         started_s: of `time.monotonic()`.
         requests_by_status: answered so far, in this process.
         paths: of the app's routes; set by it.
@@ -83,6 +84,7 @@ class Served:
     host: RunnerHost
     info: ServiceInfo
     settings: HTTPSettings = field(default_factory=HTTPSettings)
+    version: str | None = None
     started_s: float = field(default_factory=time.monotonic)
     requests_by_status: Counter[int] = field(default_factory=Counter)
     paths: frozenset[str] = frozenset()

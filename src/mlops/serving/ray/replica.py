@@ -76,6 +76,7 @@ class ModelReplica:
         if plan.recipe is not None:
             model = plan.make_model()
             _let_ray_serve(model.served)
+            model.served.version = plan.tag.partition(":")[2]
             model.read_http_settings()
             return _app_alone(model.served), model.served
         service = plan.load_bento()
