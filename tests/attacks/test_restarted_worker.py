@@ -160,3 +160,10 @@ def test_the_list_ends_with_the_server(server: ServingProcess, folder: Path) -> 
     assert list((folder / "tmp").glob("mlops-serve-*/adapters-tiny.json"))
     assert server.stop() == 0
     assert not list((folder / "tmp").glob("mlops-serve-*"))
+
+
+def test_several_workers_would_know_different_adapters(folder: Path) -> None:
+    command = [*BENTOML, "serve", "service:svc", "--workers", "2"]
+    with ServingProcess(command, folder, folder / "several") as server:
+        assert server.wait() == 1
+        assert "--workers must be 1" in server.told()

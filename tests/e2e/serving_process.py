@@ -110,6 +110,14 @@ class ServingProcess:
             assert time.monotonic() < give_up, self.told()
             time.sleep(0.05)
 
+    def wait_until_told(self, words: str) -> None:
+        """Poll what the server prints."""
+        give_up = time.monotonic() + LONG_S
+        while words not in self.told():
+            assert self.process.poll() is None, self.told()
+            assert time.monotonic() < give_up, self.told()
+            time.sleep(0.05)
+
     def wait(self) -> int:
         """Wait until the server has ended by itself; returns its exit status."""
         give_up = time.monotonic() + LONG_S

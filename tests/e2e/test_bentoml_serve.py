@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,34 +255,6 @@ def test_a_mistake_in_the_service_is_told_before_anything_starts(folder: Path) -
         assert server.errors.read_text().startswith("Error: './nowhere' does not exist")
 
 
-def test_reload(tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    (project / "model").mkdir(parents=True)
-    service = project / "service.py"
-    service.write_text(SERVICE)
-    command = [*BENTOML, "serve", "service:svc", "--reload"]
-    # Logs are written below the home: were it in the project, they would be changes to reload.
-    with ServingProcess(command, project, tmp_path / "home") as server:
-        server.wait_until_ready()
-        assert post(server, json={"text": "a"}).json()["prediction"] == "first a"
-        touched = 0.0
-        give_up = time.monotonic() + LONG_S
-        service.write_text(SERVICE.replace('"first"', '"second"'))
-        while True:
-            try:
-                if post(server, json={"text": "a"}).json().get("prediction") == "second a":
-                    break
-            except httpx.TransportError:
-                pass  # between the old worker and the new one
-            assert time.monotonic() < give_up, server.told()
-            if time.monotonic() - touched > 15:  # BentoML may begin to watch after the change
-                service.touch()
-                touched = time.monotonic()
-            time.sleep(0.1)
-        assert server.stop() == 0
-        assert server.left_over() == []
-
-
 def test_a_plain_bentoml_service(folder: Path) -> None:
     command = [*BENTOML, "serve", "plain:Plain", "--workers", "2"]
     with ServingProcess(command, folder, folder / "plain_home") as server:
@@ -299,7 +270,10 @@ def test_serve_a_model_folder(tmp_path: Path) -> None:
 
     model = write_language_model(tmp_path / "Tiny Model")
     with ServingProcess(
-        [*MLOPS, "serve", str(model)], tmp_path, tmp_path / "home", MLOPS_PROJECT_NAME="demo"
+        [*MLOPS, "serve", str(model), "--reload"],
+        tmp_path,
+        tmp_path / "home",
+        MLOPS_PROJECT_NAME="demo",
     ) as server:
         server.wait_until_ready()
         answer = post(server, json={"text": "a", "max_tokens": 3}).json()
@@ -312,5 +286,8 @@ def test_serve_a_model_folder(tmp_path: Path) -> None:
                 "project_name": "demo",
             }.items()
         )
-        assert server.stop() == 0
+        (model / "training.log").write_text("…")
+        (model / "config.json").touch()
+        server.wait_until_told("Tiny Model/config.json has changed: starting the workers again.")
+        assert server.stop() == 0  # also while the workers start again
         assert server.left_over() == []

@@ -83,13 +83,10 @@ def test_only_what_the_service_consists_of_starts_it_again(folder: Path) -> None
         workers = server.workers()
 
         # A service that cannot be imported: the one before answers.
-        edited = SERVICE.replace("first", "{extra.WORD}").replace(
-            "class Echo", "import extra\n\nclass Echo"
-        )
-        (folder / "service.py").write_text(edited)
-        until(lambda: "No module named 'extra'" in server.told(), server)
+        edited = "import extra\n" + SERVICE.replace("first", "{extra.WORD}")
         (folder / "extra.py").write_text("WORD = 'second'\n)\n")
-        until(lambda: "extra.py, line 2: SyntaxError" in server.told(), server)
+        (folder / "service.py").write_text(edited)
+        server.wait_until_told("extra.py, line 2: SyntaxError: unmatched ')'")
         assert answer(server) == "first one"
         assert server.workers() == workers
 

@@ -20,7 +20,7 @@ import click
 from bentoml_cli.serve import serve_command
 from bentoml_cli.utils import BentoMLCommandGroup
 
-from mlops.errors import MLOpsError
+from mlops.errors import ConfigError, MLOpsError
 from mlops.hardware.blas import THREAD_VARIABLES
 
 LOCAL_HOST = "127.0.0.1"
@@ -67,6 +67,7 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
             options["host"] = options["host"] or _default_host(service)
             _check_keys(service, options["host"])
             workers = workers or _configured_workers(service)
+            _check_workers(service, workers)
             environment = _thread_environment(service, workers, users_own)
             with (
                 supervised(workers, environment),
@@ -108,6 +109,20 @@ def _configured_workers(service: Any) -> int:
     from mlops.hardware import detect
 
     return detect().cores  # BentoML's "cpu_count"
+
+
+def _check_workers(service: Any, workers: int) -> None:
+    """Hold the command line to what the configuration would be held to.
+
+    Raises:
+        ConfigError: adapters at run time, and several workers.
+    """
+    http_options = getattr(service, "http_options", None)
+    if workers > 1 and http_options is not None and http_options.enable_runtime_adapters:
+        raise ConfigError(
+            f"--workers must be 1 with http.enable_runtime_adapters, not {workers}: a request "
+            "reaches one worker, and the others would not know the adapter"
+        )
 
 
 def _thread_environment(service: Any, workers: int, users_own: set[str]) -> dict[str, str]:
