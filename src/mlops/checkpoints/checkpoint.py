@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.checkpoints.pooling import Pooling
+from mlops.counts import count
 
 
 class CheckpointKind(StrEnum):
@@ -151,11 +152,6 @@ class Checkpoint:
     adapter: AdapterInfo | None = None
     pooling: Pooling | None = None
     is_headless: bool = False
-
-
-def count(number: int, noun: str) -> str:
-    """`1 shard`, `2 shards`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size_of_model(num_parameters: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from mlops.checkpoints.checkpoint import TensorInfo
 from mlops.checkpoints.refusal import refusal
 from mlops.checkpoints.tensors import WeightShapes
+from mlops.counts import count
 
 PLAIN_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "mixtral"})
 TIED_ALWAYS = frozenset({"gemma", "gemma2"})
@@ -143,7 +144,7 @@ def _layer_problems(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     num_found = len(found) if is_plain else sum(len(stack) for stack in stacks.values())
     is_all = num_found == num_layers and found == set(range(num_found))
     if not (is_all if is_plain else num_found >= num_layers):
-        yield f"num_hidden_layers is {num_layers}, but the weights have {num_found} layers"
+        yield f"num_hidden_layers is {num_layers}, but the weights have {count(num_found, 'layer')}"
 
 
 def _missing(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -12,7 +12,6 @@ from mlops.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointKind,
     TensorInfo,
-    count,
     size_of_model,
 )
 from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
@@ -20,6 +19,7 @@ from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
+from mlops.counts import count
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"^(model.*)-(\d{5,})-of-(\d{5,})\.safetensors$")

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlops.checkpoints.checkpoint import TensorInfo
 from mlops.checkpoints.refusal import refusal
+from mlops.counts import count
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that the format allows."""
@@ -112,7 +113,7 @@ def _parse(raw: bytes, name: str, data_offset: int, data_bytes: int) -> Safetens
             raise _Lie(f"tensor {key!r} overlaps another or leaves a gap")
         end += tensor.nbytes
     if end != data_offset + data_bytes:
-        raise _Lie(f"{data_offset + data_bytes - end} bytes at its end belong to no tensor")
+        raise _Lie(f"{count(data_offset + data_bytes - end, 'byte')} too many at its end")
     return SafetensorsHeader(tensors, metadata, data_offset)
 
 
@@ -132,7 +133,7 @@ def _tensor(key: str, entry: Any, name: str, data_offset: int, data_bytes: int) 
     if not begin <= end <= data_bytes:
         raise _Lie(f"tensor {key!r} lies outside the file")
     if prod(shape) * BITS[dtype] != (end - begin) * 8:
-        raise _Lie(f"tensor {key!r} of {dtype} {shape} does not take {end - begin} bytes")
+        raise _Lie(f"tensor {key!r} of {dtype} {shape} does not take {count(end - begin, 'byte')}")
     return TensorInfo(dtype, tuple(shape), name, data_offset + begin, end - begin)
 
 

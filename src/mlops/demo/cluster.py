@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mlops.counts import count
 from mlops.demo import service
 from mlops.demo.lessons import LESSONS
 from mlops.demo.run import ask_everything, wait_for_interrupt
@@ -77,7 +78,7 @@ def show_cluster(bento_tag: str, folder: Path, console: Console, keep_serving: b
             )
         _tell(console, seen)
         if seen["lost"]:
-            raise ServiceError(f"the update lost {seen['lost']} requests", "demo")
+            raise ServiceError(f"the update lost {count(seen['lost'], 'request')}", "demo")
         if keep_serving:
             wait_for_interrupt(console, deployed.url)
 

@@ -24,6 +24,7 @@ from mlops.checkpoints import (
     adapter_delta_is_zero,
     check_adapter_fits,
 )
+from mlops.counts import count
 from mlops.errors import PackagingError
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class AdapterBanks:
             check_tensors(module.name, self._find_base(path, module.name), found[module.name])
         if unused := sorted(set().union(*of_files.values())):
             raise _refusal(
-                f"the adapter {path} has {len(unused)} tensors that nothing uses: "
+                f"the adapter {path} has {count(len(unused), 'tensor')} that nothing uses: "
                 f"{', '.join(unused[:3])}",
                 path,
                 tensors=unused[:3],

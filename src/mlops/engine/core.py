@@ -33,6 +33,7 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 
 from mlops.checkpoints import Checkpoint, check_adapter_fits
+from mlops.counts import count
 from mlops.engine import kv
 from mlops.engine.adapter_loading import AdapterLoader, Asking
 from mlops.engine.config import EngineConfig
@@ -721,7 +722,7 @@ def _end_unwanted(sequence: Sequence) -> None:
     sequence.fail(
         DeadlineExceededError(
             f"the time for this request is over after {len(sequence.tokens)} of at most "
-            f"{sequence.request.max_tokens} tokens"
+            f"{count(sequence.request.max_tokens, 'token')}"
         )
     )
 

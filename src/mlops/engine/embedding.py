@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlops.counts import count
 from mlops.engine.fields import (
     MAX_PROMPT_TOKENS,
     check_token_ids,
@@ -118,7 +119,8 @@ def tokenize_inputs(
         ids = _tokenize(loaded, name, value)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
             raise PromptTooLongError(
-                f"{name} has {len(ids)} tokens; this service takes {max_prompt_tokens} at most",
+                f"{name} has {count(len(ids), 'token')}; this service takes "
+                f"{max_prompt_tokens} at most",
                 name,
             )
         yield ids
@@ -141,7 +143,9 @@ def _tokenize(loaded: LoadedModel, name: str, value: Any) -> tuple[int, ...]:
         raise InvalidRequestError(f"{name} has no tokens; give some text", name)
     if loaded.context_tokens is not None and len(ids) > loaded.context_tokens:
         raise PromptTooLongError(
-            f"{name} has {len(ids)} tokens; the model's context is {loaded.context_tokens}", name
+            f"{name} has {count(len(ids), 'token')}; the model's context is "
+            f"{loaded.context_tokens}",
+            name,
         )
     return ids
 
@@ -320,8 +324,8 @@ class Embedder:
             if adapter is not None:
                 self._adapters.release(adapter)
             raise QueueFullError(
-                f"{self._max_waiting} requests for embeddings are waiting, which is the limit; "
-                "try later"
+                f"{count(self._max_waiting, 'request is', 'requests are')} waiting for embeddings, "
+                "which is the limit; try later"
             )
 
     def step(self, can_use: Callable[[Adapter | None], bool], free_bytes: int) -> None:
@@ -355,7 +359,7 @@ class Embedder:
                     job,
                     DeadlineExceededError(
                         f"the time for this request is over after {num_done} of "
-                        f"{len(job.vectors)} embeddings"
+                        f"{count(len(job.vectors), 'embedding')}"
                     ),
                 )
 
@@ -395,8 +399,8 @@ class Embedder:
         needed = self._cost(num_tokens) if num_tokens > self._budget_tokens else 0
         if needed > self._memory_bytes:
             raise InvalidRequestError(
-                f"a text of {num_tokens} tokens needs {needed >> 20} MiB of cache, and the engine "
-                f"has {self._memory_bytes >> 20} MiB",
+                f"a text of {count(num_tokens, 'token')} needs {needed >> 20} MiB of cache, and "
+                f"the engine has {self._memory_bytes >> 20} MiB",
                 "input",
             )
 

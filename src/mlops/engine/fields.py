@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlops.counts import count
 from mlops.errors import InvalidRequestError
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -118,7 +119,7 @@ def show(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     if isinstance(value, Mapping):
-        return f"an object with {len(value)} fields"
+        return f"an object with {count(len(value), 'field')}"
     if isinstance(value, int) and abs(value) > 10**20:
         return "an integer of more than 20 digits"
     return repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"

@@ -29,6 +29,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlops.counts import count
 from mlops.errors import PackagingError
 
 _WEIGHTS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
@@ -497,7 +498,9 @@ def check_tensors(name: str, base: nn.Module, tensors: AdapterTensors) -> None:
             {"module": name},
         )
     if tensors.magnitude is not None and tensors.magnitude.shape != (num_weights,):
-        raise _refusal(name, f"{tensors.magnitude.size} magnitudes for {name}, not {num_weights}")
+        raise _refusal(
+            name, f"{count(tensors.magnitude.size, 'magnitude')} for {name}, not {num_weights}"
+        )
 
 
 def _refusal(name: str, found: str) -> PackagingError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mlops.counts import count
 from mlops.engine.guidance import json_grammar, lark_grammar
 from mlops.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest, TextRequest
 from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
@@ -44,7 +45,8 @@ def to_generation_request(
         raise InvalidRequestError(f"{source} has no tokens; give some text", source)
     if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
         raise PromptTooLongError(
-            f"{source} has {len(prompt)} tokens; this service takes {max_prompt_tokens} at most",
+            f"{source} has {count(len(prompt), 'token')}; this service takes "
+            f"{max_prompt_tokens} at most",
             source,
         )
     size = loaded.vocabulary_size
@@ -57,8 +59,8 @@ def to_generation_request(
         room = context - len(prompt)
         if room < 1:
             raise PromptTooLongError(
-                f"{source} has {len(prompt)} tokens; the model's context of {context} tokens must "
-                "hold it and the answer",
+                f"{source} has {count(len(prompt), 'token')}; the model's context of {context} "
+                "must hold it and the answer",
                 source,
             )
         if request.max_tokens is None:

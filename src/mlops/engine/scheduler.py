@@ -13,6 +13,7 @@ import enum
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
+from mlops.counts import count
 from mlops.engine.sequence import Sequence
 from mlops.errors import QueueFullError
 
@@ -61,7 +62,8 @@ class Scheduler:
         """
         if self.num_waiting >= self._max_waiting:
             raise QueueFullError(
-                f"{self.num_waiting} requests are waiting, which is the limit; try later"
+                f"{count(self.num_waiting, 'request is', 'requests are')} waiting, which is the "
+                "limit; try later"
             )
         self._queues.setdefault(sequence.adapter_name, deque()).append(sequence)
 

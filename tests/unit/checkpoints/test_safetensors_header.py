@@ -67,7 +67,7 @@ def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
     [
         (GOOD, b"", "lies outside the file"),
         (GOOD, bytes(7), "lies outside the file"),
-        (GOOD, bytes(9), "1 bytes at its end belong to no tensor"),
+        (GOOD, bytes(9), "1 byte too many at its end"),
         (b"[]", b"", "not JSON"),
         (b'{"a": ', b"", "not JSON"),
         (b'{"a":' + b"[" * 100_000, b"", "not JSON"),

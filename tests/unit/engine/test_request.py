@@ -105,7 +105,7 @@ def test_a_prompt_may_be_token_ids() -> None:
         ({"text": "a", "seed": -1}, "seed", "not -1"),
         ({"text": "a", "stop": [""]}, "stop", "1 to 256 characters"),
         ({"text": "a", "stop": [1]}, "stop", "not 1"),
-        ({"text": "a", "stop": {"a": 1}}, "stop", "an object with 1 fields"),
+        ({"text": "a", "stop": {"a": 1}}, "stop", "an object with 1 field"),
         ({"text": "a", "stop": ["a"] * 17}, "stop", "at most 16"),
         ({"text": "a", "repetition_penalty": 0}, "repetition_penalty", "above 0, at most 10"),
         ({"text": "a", "repetition_penalty": 11}, "repetition_penalty", "not 11"),

@@ -145,7 +145,7 @@ def with_arguments(arguments: Any) -> list[Any]:
                 ('{"x": "\\ud800"}', "surrogate"),
                 ('{"x": ' + "[" * 70 + "]" * 70 + "}", "more than 64 deep"),
                 ("x" * (MAX_ARGUMENTS_BYTES + 1), "at most 1048576 bytes"),
-                ({"x": 1}, "an object with 1 fields"),
+                ({"x": 1}, "an object with 1 field"),
                 (None, "not None"),
             ]
         ),

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlops.counts import count
 from mlops.engine import to_exception
 from mlops.errors import EngineError, EngineShutdownError, QueueFullError
 from mlops.serving.runner.base import Prediction
@@ -129,7 +130,8 @@ class Batcher:
                 self._waiting = deque(other for other in self._waiting if not other.is_over)
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, which is the limit; try later"
+                    f"{count(len(self._waiting), 'request is', 'requests are')} waiting, which is "
+                    "the limit; try later"
                 )
             self._waiting.append(pending)
             # A batch that waits for others is woken when it is full; it looks by itself before.
@@ -192,6 +194,8 @@ class Batcher:
         except BaseException as exc:  # every request of the batch gets it; this thread goes on
             answers = [to_exception(exc)] * len(batch)
         if len(answers) != len(batch):
-            wrong = EngineError(f"the runner gave {len(answers)} answers to {len(batch)} requests")
+            wrong = EngineError(
+                f"the runner gave {count(len(answers), 'answer')} to {count(len(batch), 'request')}"
+            )
             answers = [wrong] * len(batch)
         self._deliver(list(zip(batch, answers, strict=True)))

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
+from mlops.counts import count
 from mlops.engine import to_exception
 from mlops.errors import EngineShutdownError, MLOpsError, QueueFullError, ServiceError
 from mlops.serving.http.batcher import Batcher, Pending
@@ -348,8 +349,8 @@ class RunnerHost:
             with self._lock:
                 if self._num_waiting_for_model >= self._max_waiting:
                     raise QueueFullError(
-                        f"{self._num_waiting_for_model} requests are waiting for the model to "
-                        "load, which is the limit; try later"
+                        f"{count(self._num_waiting_for_model, 'request is', 'requests are')} "
+                        "waiting for the model to load, which is the limit; try later"
                     )
                 self._num_waiting_for_model += 1
             try:

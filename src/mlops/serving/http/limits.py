@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 
+from mlops.counts import count
+
 MAX_CLIENTS = 10_000
 """Clients that are remembered; a flood of addresses costs no more memory than these."""
 
@@ -66,7 +68,9 @@ class Limits:
         client = self._find(name)
         if self.at_once is not None and client.num_running >= self.at_once:
             raise _too_many(
-                f"{client.num_running} of your requests are being answered, which is the limit", 1
+                f"{count(client.num_running, 'of your requests is', 'of your requests are')} being "
+                "answered, which is the limit",
+                1,
             )
         if self.per_minute is not None:
             now = self._clock()
@@ -74,7 +78,9 @@ class Limits:
             wait_s = whole_s - now - _BURST_S
             if wait_s > _ROUNDING_S:
                 raise _too_many(
-                    f"you may send {self.per_minute} requests a minute, which is the limit", wait_s
+                    f"you may send {count(self.per_minute, 'request')} a minute, which is the "
+                    "limit",
+                    wait_s,
                 )
             client.whole_s = whole_s
         client.num_running += 1

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mlops.counts import count
 from mlops.errors import InvalidRequestError
 from mlops.serving.runner.base import Generating, Prediction, TextChunk, TextRunner
 from mlops.serving.runner.merging import merge
@@ -41,8 +42,8 @@ class Several:
         limit = getattr(runner, "max_choices", None)  # of a runner that has one
         if limit is not None and len(inputs) * n > limit:
             raise InvalidRequestError(
-                f"prompt has {len(inputs)} prompts, which with n = {n} are {len(inputs) * n} "
-                f"answers; this service takes requests for {limit} at most",
+                f"prompt has {count(len(inputs), 'prompt')}, which with n = {n} are "
+                f"{len(inputs) * n} answers; this service takes requests for {limit} at most",
                 "prompt",
             )
         parts: list[Generating] = []
