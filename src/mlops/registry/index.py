@@ -24,7 +24,7 @@ from mlops.registry.manifest import (
     parse_manifest,
 )
 from mlops.registry.model_yaml import plain, read_yaml
-from mlops.registry.store import RESERVED_NAMES, ModelStore
+from mlops.registry.store import RESERVED_NAMES, ModelStore, newest_version
 
 FORMAT = 1
 
@@ -161,6 +161,28 @@ def local_index(tag: str) -> Index:
         "bento" if is_bento else "model",
         files_in(bento) if is_bento else (),
         tuple(models[name] for name in sorted(models)),
+    )
+
+
+def newest(tag: str) -> str:
+    """`name` and `name:latest` as the tag of the newest Bento, or else of the newest model.
+
+    Raises:
+        PackagingError: there is neither, or it is no tag.
+    """
+    name = tag.removesuffix(":latest")
+    if ":" in name or not tags.is_tag(name):
+        check_tag(tag)
+        return tag
+    store = ModelStore()
+    for folder, file_name in ((store.bentos, "bento.yaml"), (store.models, "model.yaml")):
+        if version := newest_version(folder / name, file_name):
+            return f"{name}:{version}"
+    raise PackagingError(
+        f"there is no Bento and no model {tag!r} in the store; `bentoml list` and `mlops models "
+        "list` show what there is",
+        "find_newest",
+        {"tag": tag},
     )
 
 

@@ -28,6 +28,7 @@ from mlops.registry.index import (
     files_in,
     folder_of,
     local_index,
+    newest,
     parse_index,
 )
 from mlops.registry.location import Location
@@ -64,6 +65,7 @@ def publish(tag: str, location: str, *, progress: Progress | None = None) -> str
         IntegrityError: something is damaged, here or there.
         MissingDependencyError: the library for this kind of URL is not installed.
     """
+    tag = newest(tag)
     index = local_index(tag)
     text = index.to_json().encode()
     if len(text) > MAX_INDEX_BYTES:

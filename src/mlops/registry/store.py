@@ -423,14 +423,24 @@ class ModelStore:
         return StoredModel(tag, path, manifest, labels, user_metadata)
 
     def _latest(self, name: str) -> str | None:
-        """Version that `latest` points to, or the newest where the pointer is missing or stale."""
-        folder = self.models / name
-        with contextlib.suppress(OSError, ValueError):
-            version = (folder / "latest").read_text(encoding="utf-8").strip()
-            if tags.is_tag(f"{name}:{version}") and self.has(f"{name}:{version}"):
-                return version
-        made = [path for path in folder.glob("*/model.yaml") if path.is_file()]
-        return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
+        return newest_version(self.models / name, "model.yaml")
+
+
+def newest_version(folder: Path, file_name: str) -> str | None:
+    """The version of a model or Bento that was made last; None when there is none.
+
+    `latest` points to it; where that is missing or stale, the files' times say it.
+
+    Args:
+        folder: of all versions.
+        file_name: what every version has.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        version = (folder / "latest").read_text(encoding="utf-8").strip()
+        if tags.is_tag(f"{folder.name}:{version}") and (folder / version / file_name).is_file():
+            return version
+    made = [path for path in folder.glob(f"*/{file_name}") if path.is_file()]
+    return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
 
 
 def _folders() -> tuple[Path, Path]:

@@ -46,7 +46,10 @@ def valid_name(name: str, field: str = "model_name") -> str:
 
 
 def valid_version(version: str) -> str:
-    """The version as a tag allows it: `1.2.3+Build.5` becomes `1.2.3-build.5`.
+    """The version that a user gives, as a tag allows it: `1.2.3+Build.5` becomes `1.2.3-build.5`.
+
+    It is `major.minor.patch`, with what may follow that. Versions that are made from the content
+    are tags' too, but nobody gives them.
 
     Raises:
         PackagingError: it is not a version.
@@ -68,10 +71,9 @@ def _is_version(version: str) -> bool:
     if _SEMANTIC_VERSION.fullmatch(version):
         return True
     try:
-        Version(version)
+        return len(Version(version).release) == 3  # 1.2.3rc1, as Python's packages are numbered
     except InvalidVersion:
         return False
-    return True
 
 
 def is_tag(text: str) -> bool:

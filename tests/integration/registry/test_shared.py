@@ -619,8 +619,9 @@ def test_library_that_is_not_installed(bentoml_home: Path) -> None:
 
 @pytest.mark.parametrize("tag", ["demo", "demo:latest", "../x:1", "demo:1.0.0@sha256:0", ""])
 def test_tag_that_names_no_version(tag: str, bentoml_home: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackagingError, match="give NAME:VERSION|there is no Bento and no model"):
+        shared.publish(tag, str(tmp_path))
     for call in (
-        lambda: shared.publish(tag, str(tmp_path)),
         lambda: shared.fetch(tag, None, str(tmp_path)),
         lambda: shared.local_digest(tag),
     ):

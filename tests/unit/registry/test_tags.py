@@ -38,7 +38,7 @@ def test_name_that_is_no_name_is_refused(name: str) -> None:
         ("1.2.3-beta.1", "1.2.3-beta.1"),
         ("1.2.3+Build.5", "1.2.3-build.5"),
         ("2025.10.22", "2025.10.22"),
-        ("1.0rc1", "1.0rc1"),
+        ("1.0.0rc1", "1.0.0rc1"),
     ],
 )
 def test_version_becomes_what_a_tag_allows(version: str, expected: str) -> None:
@@ -46,7 +46,23 @@ def test_version_becomes_what_a_tag_allows(version: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["", "latest", "final", "1.0.0\n", "1 0", "../1.0", "1.0.0'", "1.0.0-", "9" * 64]
+    "version",
+    [
+        "",
+        "1",
+        "1.0",
+        "1.0rc1",
+        "1.0.0.1",
+        "b65e4e139dbe",
+        "latest",
+        "final",
+        "1.0.0\n",
+        "1 0",
+        "../1.0",
+        "1.0.0'",
+        "1.0.0-",
+        "9" * 64,
+    ],
 )
 def test_version_that_is_no_version_is_refused(version: str) -> None:
     with pytest.raises(PackagingError) as caught:

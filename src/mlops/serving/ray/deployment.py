@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlops.errors import BentoMLError, ConfigError, DeploymentError, MLOpsError
+from mlops.errors import BentoMLError, ConfigError, DeploymentError, MLOpsError, PackagingError
 from mlops.registry import ModelStore, shared
+from mlops.registry.index import newest
 from mlops.registry.manifest import digest_of
 from mlops.registry.references import split_reference
 from mlops.serving.bentoml.bento import private_import
@@ -263,8 +264,10 @@ class _Model:
         """A Bento; or a model, where no Bento is needed and there is none."""
         bento = _full_tag(tag)
         if bento is None:
-            if without_bento and ModelStore().has(tag):
-                return cls._of(tag, make_served_model(tag, service_name=tag.partition(":")[0]))
+            if without_bento and (stored := _full_model_tag(tag)):
+                return cls._of(
+                    stored, make_served_model(stored, service_name=stored.partition(":")[0])
+                )
             raise DeploymentError(
                 f"there is no Bento {tag!r} in the store; `bentoml list` shows what there is, and "
                 "`mlops package FOLDER` makes one",
@@ -325,6 +328,15 @@ def _full_tag(tag: str) -> str | None:
         return str(bentoml.bentos.get(tag).tag)
     except (BentoMLException, ValueError):
         return None
+
+
+def _full_model_tag(tag: str) -> str | None:
+    """The tag of a stored model with its version; None when there is none."""
+    try:
+        tag = newest(tag)
+    except PackagingError:
+        return None
+    return tag if ModelStore().has(tag) else None
 
 
 def _load(bento: str) -> Service[Any]:
