@@ -49,6 +49,7 @@ def _with_workers(original: click.Command) -> click.Command:
 def _around(run: Callable[..., None]) -> Callable[..., None]:
     def serve(workers: int | None, **options: Any) -> None:
         from mlops.serving.bentoml.reloading import reloading
+        from mlops.serving.bentoml.serve_options import ServeOptions
         from mlops.serving.bentoml.shutdown import signals_watched
         from mlops.serving.bentoml.sources import load_service, load_with_sources
         from mlops.serving.bentoml.supervision import supervised
@@ -62,6 +63,7 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
             else:
                 service = load_service(*target)
             options["reload"] = False  # BentoML's own would watch every file of the folder
+            ServeOptions.given().check_honoured(service)
             if workers is not None:
                 _override(service.name, {"workers": workers})
             options["host"] = options["host"] or _default_host(service)

@@ -13,6 +13,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from mlops.counts import count
 from mlops.errors import ConfigError
 from mlops.serving.bentoml import config_values as allow
 from mlops.serving.bentoml.config_sources import flatten_batching, read_environment, read_file
@@ -287,8 +288,21 @@ class BentoMLConfig(CheckedFields):
         Raises:
             ConfigError: names the file or variable and the field.
         """
+        return cls(**cls.values(source, environ, **arguments))
+
+    @staticmethod
+    def values(
+        source: str | Path | Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """What `load` makes a configuration of, without the defaults; for `with_changes`.
+
+        Raises:
+            ConfigError: names the file or variable and the field.
+        """
         table = _checked(source) if isinstance(source, Mapping) else _file(source)
-        return cls(**_layered(table, _environment(environ), _checked(arguments)))
+        return _layered(table, _environment(environ), _checked(arguments))
 
     @classmethod
     def from_file(cls, path: str | Path, environ: Mapping[str, str] | None = None) -> BentoMLConfig:
@@ -517,14 +531,14 @@ class BentoMLConfig(CheckedFields):
         cores = (self.cpu_per_worker or 0) * self.workers
         if cores > hardware.cores:
             notes.append(
-                f"cpu_per_worker: {self.workers} workers of {self.cpu_per_worker:g} cores are more "
-                f"than the {hardware.cores} here."
+                f"cpu_per_worker: {count(self.workers, 'worker needs', 'workers need')} {cores:g} "
+                f"cores, more than the {hardware.cores} here."
             )
         memory_mb = (self.memory_per_worker_mb or 0) * self.workers
         if 0 < hardware.memory_bytes < memory_mb * _MIB:
             notes.append(
-                f"memory_per_worker_mb: {self.workers} workers of {self.memory_per_worker_mb} MiB "
-                f"are more than the {hardware.memory_bytes // _MIB} MiB here."
+                f"memory_per_worker_mb: {count(self.workers, 'worker needs', 'workers need')} "
+                f"{memory_mb} MiB, more than the {hardware.memory_bytes // _MIB} here."
             )
         if self.http.adapter_folder and not self.http.enable_runtime_adapters:
             notes.append("http.adapter_folder: needs http.enable_runtime_adapters.")

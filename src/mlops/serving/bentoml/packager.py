@@ -133,7 +133,7 @@ class PackageConfig:
         for name in self.adapters:
             if name == BASE_NAME or tags.valid_name(name, "adapters") != name:
                 raise ConfigError(
-                    f"adapters: {name!r} is no name for one; use a-z, 0-9, '-' and '_', and not "
+                    f"{name!r} is no name for an adapter; use a-z, 0-9, '-' and '_', and not "
                     f"{BASE_NAME!r}, which asks for the base model"
                 )
 

@@ -21,6 +21,7 @@ from mlops.engine import EngineConfig
 from mlops.errors import ConfigError, MLOpsError, ServiceError
 from mlops.serving.bentoml import supervision
 from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
+from mlops.serving.bentoml.serve_options import ServeOptions
 from mlops.serving.http import RunnerHost, Served, ServiceInfo
 from mlops.serving.http.kept_adapters import KeptAdapters
 from mlops.serving.runner.base import Runner
@@ -105,9 +106,13 @@ def make_served_model(
     model = str(model_path) if model_path is not None else _model_of(settings)
     tag = _find(model)
     kind = _model_type(model, tag, model_type, runner_class)
+    options = ServeOptions.given()
+    for adapter in options.adapters.values():
+        _find(adapter)  # so that a mistyped one is told at once
+    named = options.add_to(adapters or {})
     given: dict[str, Any] = {
         "base_model": _absolute(str(base_model)) if base_model else None,
-        "adapters": {name: _absolute(str(path)) for name, path in (adapters or {}).items()},
+        "adapters": {name: _absolute(str(path)) for name, path in named.items()},
         "digest": digest,
     }
     place = model if tag else _absolute(model)
@@ -154,6 +159,8 @@ def settings_of(
         settings = BentoMLConfig.load(config, **given)
     else:
         raise ConfigError(f"config must be a BentoMLConfig or a mapping, not {type(config)}")
+    if options := ServeOptions.given().settings:
+        settings = settings.with_changes(options)
     if settings.apple_silicon.chip_type is None:
         from mlops.hardware import detect
 
@@ -191,8 +198,8 @@ def _model_of(settings: BentoMLConfig) -> str:
         from mlops.registry import tags
 
         name = tags.valid_name(settings.model_name)
-        version = settings.model_version
-        return f"{name}:{tags.valid_version(version)}" if version else name
+        version = settings.model_version  # any that a tag may have: the store makes some itself
+        return f"{name}:{version.lower().replace('+', '-')}" if version else name
     raise ServiceError(
         "no model is named: give model_path, or set model_path or model_name in the config",
         _OPERATION,

@@ -61,7 +61,7 @@ class MLXModelRunner:
         engine_config: the engine's other limits.
 
     Raises:
-        ServiceError: an adapter's name cannot be used.
+        ServiceError: an adapter's name cannot be used, or a custom model was given adapters.
     """
 
     def __init__(
@@ -90,6 +90,12 @@ class MLXModelRunner:
         self.resolved: ResolvedModel | None = None
         for name in self.adapters:
             _check_adapter_name(name)
+        if self.adapters and self._is_custom:
+            raise ServiceError(
+                f"{type(self).__name__} computes its answers itself and takes no adapters: leave "
+                f"{', '.join(self.adapters)} out",
+                "load_model",
+            )
         self._found_adapters: dict[str, _FoundAdapter] = {}
         self._changing_adapters = threading.Lock()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize")
