@@ -7,7 +7,7 @@ import httpx
 import pytest
 from serving_process import BENTOML, ServingProcess
 
-from mlops.cli.serve import ask as ask_from_the_command_line
+from mlops.cli.asking import Service
 from mlops.errors import ServiceError
 
 KEY = "a-key-of-the-first-team"
@@ -69,10 +69,10 @@ def test_keys_under_bentoml(project: Path, tmp_path: Path) -> None:
             client._temp_dir.cleanup()  # BentoML leaves that to the garbage collector
 
         address = serving.url.removeprefix("http://")
-        answer = ask_from_the_command_line(address, {"text": "c"}, 60, f"{KEY}\n")
+        answer = Service(address, 60, f"{KEY}\n").predict({"text": "c"})
         assert answer["prediction"] == "c"
         with pytest.raises(ServiceError, match="--api-key or MLOPS_API_KEY"):
-            ask_from_the_command_line(serving.url, {"text": "c"}, 60)
+            Service(serving.url, 60).predict({"text": "c"})
 
         # The refusal of a body that is too large arrives, however much is sent.
         for size in (100_001, 20_000_000):

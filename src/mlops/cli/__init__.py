@@ -6,6 +6,7 @@ import only the standard library and Typer at their top, so that `mlops --help` 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -13,6 +14,10 @@ from typing import Annotated
 import typer
 
 from mlops import __version__
+from mlops.cli import console
+from mlops.cli.arguments import HELP_OPTIONS
+from mlops.cli.chat import EPILOG as CHAT_EPILOG
+from mlops.cli.chat import chat
 from mlops.cli.demo import EPILOG as DEMO_EPILOG
 from mlops.cli.demo import demo
 from mlops.cli.deploy import (
@@ -25,14 +30,20 @@ from mlops.cli.deploy import (
     status,
     undeploy,
 )
+from mlops.cli.doctor import EPILOG as DOCTOR_EPILOG
 from mlops.cli.doctor import doctor
 from mlops.cli.models import models
 from mlops.cli.package import EPILOG as PACKAGE_EPILOG
 from mlops.cli.package import package
+from mlops.cli.predict import EPILOG as PREDICT_EPILOG
+from mlops.cli.predict import predict
 from mlops.cli.push import EPILOG as PUSH_EPILOG
 from mlops.cli.push import push
+from mlops.cli.run import EPILOG as RUN_EPILOG
 from mlops.cli.run import run
-from mlops.cli.serve import PREDICT_EPILOG, SERVE_EPILOG, predict, serve
+from mlops.cli.serve import EPILOG as SERVE_EPILOG
+from mlops.cli.serve import serve
+from mlops.cli.wording import at_the_command_line
 from mlops.errors import MLOpsError
 
 DEBUG_VARIABLE = "MLOPS_DEBUG"
@@ -41,26 +52,28 @@ DEBUG_VARIABLE = "MLOPS_DEBUG"
 app = typer.Typer(
     name="mlops",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings=HELP_OPTIONS,
 )
 
 app.command(epilog=DEMO_EPILOG)(demo)
 app.command(epilog=PACKAGE_EPILOG)(package)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=PREDICT_EPILOG)(predict)
+app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(models, name="models")
 app.command(epilog=PUSH_EPILOG)(push)
 app.command(epilog=DEPLOY_EPILOG)(deploy)
 app.command(epilog=STATUS_EPILOG)(status)
 app.command(epilog=SCALE_EPILOG)(scale)
 app.command(epilog=UNDEPLOY_EPILOG)(undeploy)
-app.command()(doctor)
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 # What follows COMMAND, --help included, belongs to it.
-app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
-    run
-)
+app.command(
+    epilog=RUN_EPILOG,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)(run)
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,10 +101,13 @@ def options(
 
 def main() -> None:
     """Run the command line. An error raised on purpose is one red sentence and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it has no letters for, it shows as ?
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        app(prog_name="mlops", terminal_width=console.width())
     except MLOpsError as error:
         if os.environ.get(DEBUG_VARIABLE, "0") not in {"", "0"}:
             raise
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        console.print_error(at_the_command_line(str(error)))
         sys.exit(1)

@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-EPILOG = """Examples:
+from mlops.cli.arguments import examples
 
-    mlops demo
-
-    mlops demo --ray
-
-    mlops demo --model mlx-community/Llama-3.2-1B-Instruct-4bit --keep-serving
-"""
+EPILOG = examples(
+    "mlops demo",
+    "mlops demo --ray",
+    "mlops demo --model mlx-community/Llama-3.2-1B-Instruct-4bit --keep-serving",
+)
 
 
 def demo(

@@ -6,31 +6,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlops.cli import console
+from mlops.cli.arguments import examples
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlops.hardware import Diagnosis
 
+EPILOG = examples("mlops doctor", "mlops doctor --json")
+
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Print the facts about this machine, and each problem with its fix.
 
     Exit status 0 when there is no problem, 1 otherwise.
-
-    \b
-    Examples:
-      mlops doctor
-      mlops doctor --json
     """
     from mlops.hardware import diagnose
 
     diagnosis = diagnose()
     if as_json:
-        import json
-
-        typer.echo(json.dumps(diagnosis.to_dict(), indent=2))
+        console.print_json(diagnosis.to_dict())
     else:
         _print(diagnosis)
     if diagnosis.problems:
@@ -38,7 +36,6 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -46,14 +43,14 @@ def _print(diagnosis: Diagnosis) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in _facts(diagnosis):
         table.add_row(Text(name, style="bold"), Text(value))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print()
+    output = console.output()
+    output.print(table)
+    output.print()
     if not diagnosis.problems:
-        console.print(Text("No problem found.", style="green"))
+        output.print("No problem found.", style="green")
     for problem in diagnosis.problems:
-        console.print(Text(f"✗ {problem.what}", style="red"))
-        console.print(Text(f"  → {problem.fix}"))
+        output.print(f"✗ {problem.what}", style="red")
+        output.print(f"  → {problem.fix}")
 
 
 def _facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mlops.cli import console
+from mlops.cli.arguments import examples
+from mlops.errors import PackagingError
 
 if TYPE_CHECKING:
     from mlops.registry import StoredModel
@@ -14,28 +17,25 @@ if TYPE_CHECKING:
 models = typer.Typer(help="What is in the model store.", no_args_is_help=True)
 
 
-@models.command("list", epilog="Example: mlops models list --project support")
+@models.command("list", epilog=examples("mlops models list --project support"))
 def list_models(
     project: Annotated[str | None, typer.Option(help="Only this project's models.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """List every model, with its project, kind, base and size."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from mlops.registry import ModelStore
 
-    entries = [
-        entry
-        for entry in ModelStore().list()
-        if project is None or entry.labels.get("project") == project
-    ]
+    entries = ModelStore().list()
+    if project is not None:
+        entries = _of_project(entries, project)
     if as_json:
-        typer.echo(json.dumps([_as_dict(entry) for entry in entries], indent=1))
+        console.print_json([_as_dict(entry) for entry in entries])
         return
     if not entries:
-        typer.echo("no models yet; `mlops package FOLDER` stores one")
+        console.print_note("no models yet; `mlops package FOLDER` stores one")
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("tag", no_wrap=True)  # to be copied
@@ -51,18 +51,19 @@ def list_models(
             f"{entry.manifest.size / 2**20:.1f} MB",
         )
         table.add_row(*map(Text, cells))  # not markup: a label may hold brackets
-    Console().print(table)
+    console.output().print(table)
 
 
-@models.command("show", epilog="Example: mlops models show helpdesk:1.0.0 --verify")
+@models.command("show", epilog=examples("mlops models show helpdesk:1.0.0 --verify"))
 def show_model(
-    tag: Annotated[str, typer.Argument(help="name:version; name alone is the newest.")],
+    tag: Annotated[
+        str,
+        typer.Argument(metavar="NAME[:VERSION]", help="The newest where no version is given."),
+    ],
     verify: Annotated[bool, typer.Option(help="Check every stored byte.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show one model: its files, digests, labels and base model."""
-    from rich.console import Console
-
     from mlops.registry import ModelStore
 
     store = ModelStore()
@@ -70,9 +71,9 @@ def show_model(
     if verify:
         store.verify(entry)
     if as_json:
-        typer.echo(json.dumps(_as_dict(entry), indent=1))
+        console.print_json(_as_dict(entry))
         return
-    console = Console(highlight=False, markup=False)
+    output = console.output()
     facts: dict[str, Any] = {
         "tag": entry.tag,
         "digest": entry.digest + ("  (every byte checked)" if verify else ""),
@@ -84,9 +85,25 @@ def show_model(
     }
     for name, value in facts.items():
         if value is not None:
-            console.print(f"{name:<16} {value}", soft_wrap=True)
+            output.print(f"{name:<16} {value}", soft_wrap=True)
     for file in entry.manifest.files:
-        console.print(f"  {file.size:>14,}  {file.sha256[:12]}  {file.path}", soft_wrap=True)
+        output.print(f"  {file.size:>14,}  {file.sha256[:12]}  {file.path}", soft_wrap=True)
+
+
+def _of_project(entries: list[StoredModel], project: str) -> list[StoredModel]:
+    """Those of a project.
+
+    Raises:
+        PackagingError: there is no such project.
+    """
+    found = [entry for entry in entries if entry.labels.get("project") == project]
+    if not found:
+        projects = sorted({one for entry in entries if (one := entry.labels.get("project"))})
+        there_are = f"there are {', '.join(projects)}" if projects else "no model is stored yet"
+        raise PackagingError(
+            f"there is no project {project!r}; {there_are}", "list_models", {"project": project}
+        )
+    return found
 
 
 def _as_dict(entry: StoredModel) -> dict[str, Any]:

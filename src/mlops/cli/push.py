@@ -6,33 +6,45 @@ from typing import Annotated
 
 import typer
 
-EPILOG = """Examples:
+from mlops.cli import console
+from mlops.cli.arguments import examples
 
-    mlops push helpdesk:1.0.0 /mnt/shared/models
-
-    mlops push helpdesk:1.0.0 s3://team-models/production
-"""
+EPILOG = examples(
+    "mlops push helpdesk:1.0.0 /mnt/shared/models",
+    "mlops push helpdesk s3://team-models/production",
+)
 
 
 def push(
     tag: Annotated[
-        str, typer.Argument(metavar="NAME:TAG", help="Bento, or model that has no Bento.")
+        str,
+        typer.Argument(
+            metavar="NAME[:VERSION]",
+            help="Bento, or model that has no Bento; the newest where no version is given.",
+        ),
     ],
-    location: Annotated[str, typer.Argument(help="Folder that all nodes see, or URL (s3://…).")],
+    location: Annotated[
+        str,
+        typer.Argument(metavar="LOCATION", help="Folder that all nodes see, or URL (s3://…)."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Copy a Bento and its models to a shared place; what is there already is not copied."""
-    from rich.console import Console
-
     from mlops.cli.progress import bytes_progress
-    from mlops.registry.index import local_index
+    from mlops.registry.index import local_index, newest
     from mlops.registry.location import without_secrets
     from mlops.registry.shared import publish
 
-    with bytes_progress(Console(stderr=True, markup=False)) as progress:
+    tag = newest(tag)
+    with bytes_progress(console.errors()) as progress:
         pushing = progress.add_task("pushing", total=local_index(tag).size)
         digest = publish(
             tag, location, progress=lambda num_bytes: progress.advance(pushing, num_bytes)
         )
+    place = without_secrets(location)
+    if as_json:
+        console.print_json({"tag": tag, "digest": digest, "location": place})
+        return
     typer.echo(f"pushed  {tag}")
     typer.echo(f"        {digest}")
-    typer.echo(f"to      {without_secrets(location)}")
+    typer.echo(f"to      {place}")

@@ -1,38 +1,23 @@
-"""`mlops serve` and `mlops predict`: run a service, and ask one."""
+"""`mlops serve`: run a Bento, a service or a model."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    import httpx
+from mlops.cli.arguments import adapters_by_name, examples
 
-SERVE_EPILOG = """Examples:
+EPILOG = examples(
+    "mlops serve helpdesk:1.0.0 --port 3000",
+    "mlops serve models/llama --adapter formal=outputs/formal --adapter brief=outputs/brief",
+    "mlops serve helpdesk --config mlops.yaml --api-key-file keys.txt --max-batch-size 16",
+    "mlops serve service:svc --reload",
+)
 
-    mlops serve helpdesk:1.0.0 --port 3000
-
-    mlops serve models/llama
-
-    mlops serve service:svc --reload
-"""
-
-PREDICT_EPILOG = """Examples:
-
-    mlops predict "Explain artificial intelligence" --max-tokens 100
-
-    mlops predict "Hello" --adapter formal --json
-"""
-
-KEY_VARIABLE = "MLOPS_API_KEY"
-
-_MAX_FOREIGN = 200
 _SERVICE_FILES = ("bento.yaml", "bentofile.yaml", "service.py")
 _SERVICE = """from mlops.serving.bentoml.service import create_bentoml_service
 
@@ -44,13 +29,36 @@ def serve(
     target: Annotated[
         str,
         typer.Argument(
-            help="Bento tag, service (module:variable or folder), or a model: folder, tag, hub id."
+            metavar="TARGET",
+            help="Bento tag, service (module:variable or folder), or a model: folder, tag, hub id. "
+            "A tag without a version is the newest.",
         ),
     ],
-    port: Annotated[int | None, typer.Option(help="Port; by default the service's, 3000.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="One more adapter that a request can name: folder, tag or hub id; several times.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML or TOML file with settings, which win over the service's own."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with a key on each line; a request must carry one.")
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="The most requests computed together.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port; by default the service's, 3000."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address; by default 127.0.0.1.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; each loads its own copy of the model.")
+        int | None,
+        typer.Option(min=1, max=256, help="Processes; each loads its own copy of the model."),
     ] = None,
     reload: Annotated[
         bool, typer.Option(help="Start again when the code or the model changes.")
@@ -59,6 +67,7 @@ def serve(
     """Serve a Bento, a service or a model over HTTP."""
     import tempfile
 
+    _hand_on(adapters_by_name(adapter or []), config, api_key_file, max_batch_size)
     options = [
         *(["--port", str(port)] if port is not None else []),
         *(["--host", host] if host is not None else []),
@@ -70,6 +79,43 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="mlops-service-") as folder:
         Path(folder, "service.py").write_text(_service_of(target), encoding="utf-8")
         _bentoml("serve", "service:svc", "--working-dir", folder, *options)
+
+
+def _hand_on(
+    adapters: dict[str, str | Path],
+    config: Path | None,
+    api_key_file: Path | None,
+    max_batch_size: int | None,
+) -> None:
+    """Check what wins over the service's own, and put it where its processes find it.
+
+    Raises:
+        ConfigError: a setting holds what it may not.
+    """
+    from mlops.serving.bentoml.config import BentoMLConfig
+    from mlops.serving.bentoml.serve_options import ServeOptions
+
+    typed = {
+        "--adapter": adapters,
+        "--config": config,
+        "--api-key-file": api_key_file,
+        "--max-batch-size": max_batch_size,
+    }
+    names = tuple(name for name, value in typed.items() if value)
+    if not names:
+        return
+    given: dict[str, Any] = {}
+    if max_batch_size:
+        given["max_batch_size"] = max_batch_size
+    if api_key_file:
+        given["http"] = {"api_key_file": str(api_key_file)}
+    settings = BentoMLConfig.values(config, **given)
+    if http := settings.get("http"):
+        for name in {"api_key_file", "adapter_folder"} & set(http):
+            # The service runs in another folder.
+            http[name] = http[name] and str(Path(http[name]).expanduser().absolute())
+    places = {name: str(place) for name, place in adapters.items()}
+    ServeOptions(names, settings, places).hand_on()
 
 
 def is_service(target: str) -> bool:
@@ -122,98 +168,3 @@ def _bentoml(*arguments: str) -> None:
     from bentoml_cli.cli import cli
 
     cli.main(args=list(arguments), prog_name="bentoml")
-
-
-def predict(
-    text: Annotated[str, typer.Argument(help="What to ask.")],
-    url: Annotated[str, typer.Option(help="Where the service is.")] = "http://127.0.0.1:3000",
-    adapter: Annotated[
-        str | None, typer.Option(help="Name of an adapter; by default the service's.")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="The most tokens to generate.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is the likeliest text.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 300,
-    api_key: Annotated[
-        str | None, typer.Option(envvar=KEY_VARIABLE, help="For a service that wants one.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer.")] = False,
-) -> None:
-    """Ask a running service."""
-    optional = {"adapter": adapter, "max_tokens": max_tokens, "temperature": temperature}
-    given = {name: value for name, value in optional.items() if value is not None}
-    answer = ask(url, {"text": text, **given}, timeout, api_key)
-    if as_json:
-        typer.echo(json.dumps(answer, ensure_ascii=False, indent=1))
-    elif isinstance(answer["prediction"], str):
-        typer.echo(answer["prediction"])
-    else:
-        typer.echo(json.dumps(answer["prediction"], ensure_ascii=False))
-
-
-def ask(
-    url: str, body: dict[str, Any], timeout_s: float, api_key: str | None = None
-) -> dict[str, Any]:
-    """Post a request to the service at `url` and return its answer.
-
-    Args:
-        url: without a scheme it is http.
-
-    Raises:
-        ServiceError: nothing answers there, it is no service of this kind, or it refused.
-    """
-    import httpx
-
-    from mlops.errors import ServiceError
-
-    if "://" not in url:
-        url = f"http://{url}"
-    details = {"url": url}
-    key = (api_key or "").strip()
-    if not key.isprintable():  # httpx would show it
-        raise ServiceError("the API key must be one line: several are in it", "predict", details)
-    headers = {b"Authorization": f"Bearer {key}".encode()} if key else {}
-    try:
-        # A proxy has no business between this machine and itself.
-        local = httpx.URL(url).host in {"localhost", "127.0.0.1", "::1"}
-        with httpx.Client(timeout=timeout_s, trust_env=not local) as client:
-            response = client.post(f"{url.rstrip('/')}/predict", json=body, headers=headers)
-    except httpx.ConnectError as exc:
-        raise ServiceError(
-            f"no service answers at {url}: start one with `mlops serve TARGET`, or give its "
-            "address with --url",
-            "predict",
-            details,
-        ) from exc
-    except httpx.TimeoutException as exc:
-        raise ServiceError(
-            f"{url} gave no answer within {timeout_s:g} s; --timeout waits longer",
-            "predict",
-            details,
-        ) from exc
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise ServiceError(f"{url} cannot be asked: {exc}", "predict", details) from exc
-    try:
-        answer = response.json()
-        if response.is_success:
-            return {"prediction": answer["prediction"], **answer}
-        reason = answer["error"]["message"]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise ServiceError(_foreign(url, response), "predict", details) from exc
-    if response.status_code == httpx.codes.UNAUTHORIZED:
-        reason, _, _ = reason.partition(":")
-        reason += f": give one of its keys with --api-key or {KEY_VARIABLE}"
-    raise ServiceError(f"the service refused: {reason}", "predict", details)
-
-
-def _foreign(url: str, response: httpx.Response) -> str:
-    """What to say of an answer that no service of this toolkit has written.
-
-    Ray Serve's proxy writes some: for a path that is not there, a full queue, a replica that died.
-    """
-    first = next((line.strip() for line in response.text.splitlines() if line.strip()), "")
-    is_plain = first.isprintable() and "<" not in first
-    told = f": {first[:_MAX_FOREIGN]}" if first and is_plain else ""
-    code = response.status_code
-    if code == HTTPStatus.TOO_MANY_REQUESTS or code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return f"{url} cannot answer now (status {code}){told}"
-    return f"what answers at {url} is no service of this toolkit (status {code}){told}"

@@ -5,7 +5,8 @@ from pathlib import Path
 import bentoml
 import pytest
 
-from mlops.cli.serve import _service_of, ask, is_service
+from mlops.cli.asking import Service
+from mlops.cli.serve import _service_of, is_service
 from mlops.errors import ServiceError
 from mlops.serving.bentoml import commands
 
@@ -56,12 +57,12 @@ def test_a_model_gets_a_service_of_its_name(model: str, name: str) -> None:
 
 def test_an_address_that_is_none() -> None:
     with pytest.raises(ServiceError):
-        ask("not an address", {"text": "a"}, 1)
+        Service("not an address", 1).predict({"text": "a"})
 
 
 def test_a_key_of_several_lines_is_refused_and_not_shown() -> None:
     with pytest.raises(ServiceError, match="must be one line") as caught:
-        ask("http://127.0.0.1:9", {"text": "a"}, 1, "first-secret-key\nsecond-secret-key")
+        Service("http://127.0.0.1:9", 1, "first-secret-key\nsecond-secret-key")
     assert "secret" not in str(caught.value)
 
 

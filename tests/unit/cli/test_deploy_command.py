@@ -40,11 +40,11 @@ def refusal(
         (("--replicas", "1:2:3"), "replicas '1:2:3' are not allowed; use a number such as 2, or"),
         (("--replicas", "1.5"), "replicas '1.5' are not allowed; use a number such as 2, or 1:4"),
         (("--replicas", ""), "replicas '' are not allowed; use a number such as 2, or 1:4"),
-        (("--replicas", "0"), "BentoMLConfig.ray_min_replicas = 0 is not allowed"),
-        (("--replicas", "1:1001"), "BentoMLConfig.ray_max_replicas = 1001 is not allowed"),
+        (("--replicas", "0"), "ray_min_replicas = 0 is not allowed"),
+        (("--replicas", "1:1001"), "ray_max_replicas = 1001 is not allowed"),
         (
             ("--replicas", "4:1"),
-            "BentoMLConfig.ray_max_replicas = 1 is not allowed; use at least 4",
+            "ray_max_replicas = 1 is not allowed; use at least 4",
         ),
         (
             ("--adapter", "broken"),
@@ -54,13 +54,13 @@ def refusal(
         (("--adapter", "a="), "--adapter 'a=' is not allowed"),
         (("--adapter", ""), "--adapter '' is not allowed"),
         (("--adapter", "a=x:1", "--adapter", "a=y:1"), "--adapter 'a=y:1' is not allowed"),
-        (("--backend", "ray"), "BentoMLConfig.serving_backend = 'ray' is not allowed"),
+        (("--backend", "ray"), "serving_backend = 'ray' is not allowed"),
         (("--backend", "bentoml"), "serving_backend is 'bentoml'; use 'hybrid' or 'ray_serve'"),
-        (("--route-prefix", "chat"), "RayOptions.route_prefix = 'chat' is not allowed"),
-        (("--ray-address", "head"), "BentoMLConfig.ray_address = 'head' is not allowed"),
-        (("--host", "example.org"), "BentoMLConfig.host = 'example.org' is not allowed"),
-        (("--port", "0"), "BentoMLConfig.port = 0 is not allowed"),
-        (("--model-source", ""), "RayOptions.model_source = '' is not allowed"),
+        (("--route-prefix", "chat"), "ray.route_prefix = 'chat' is not allowed"),
+        (("--ray-address", "head"), "ray_address = 'head' is not allowed"),
+        (("--host", "example.org"), "host = 'example.org' is not allowed"),
+        (("--port", "0"), "port = 0 is not allowed"),
+        (("--model-source", ""), "ray.model_source = '' is not allowed"),
         (("--config", "missing.yaml"), "missing.yaml cannot be read"),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_file_is_named_with_what_is_wrong_in_it(
     file = tmp_path / "service.yaml"
     file.write_text("ray: {gpus: 1}\n")
     said = refusal(monkeypatch, capsys, "deploy", "chat:1.0.0", "--config", str(file))
-    assert said.startswith(f"{file}: RayOptions has no field 'gpus'")
+    assert said.startswith(f"{file}: ray has no setting 'gpus'")
     assert "num_gpus" in said
 
 
