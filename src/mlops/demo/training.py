@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlops import hardware
 from mlops.demo.lessons import Lesson, conversations
+from mlops.hardware.open_files import open_file_limit_kept
 
 if TYPE_CHECKING:
     from mlops.client import TrackingClient
@@ -54,10 +55,12 @@ def train_adapter(
     import mlx.core as mx
     import mlx.optimizers
     import numpy
-    from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load
+
+    with open_file_limit_kept():
+        from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
+        from mlx_lm.tuner.trainer import TrainingArgs, train
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+        from mlx_lm.utils import load
 
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)

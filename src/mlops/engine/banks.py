@@ -286,7 +286,7 @@ class AdapterBanks:
             self._layers |= {f"{name}.{key}": linear for key, linear in block.linears.items()}
 
     def _block_of(self, path: Path, name: str) -> str:
-        from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+        from mlops.engine.mlx_lm import SwitchGLU, SwitchMLP
 
         block, _, _ = name.rpartition(".")
         if not isinstance(self._find_place(path, block).layer, SwitchGLU | SwitchMLP):
@@ -335,7 +335,7 @@ def padded_rank(rank: int) -> int:
 
 
 def _is_switch(layer: nn.Module) -> bool:
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+    from mlops.engine.mlx_lm import QuantizedSwitchLinear, SwitchLinear
 
     return isinstance(layer, SwitchLinear | QuantizedSwitchLinear)
 

@@ -23,8 +23,8 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.cache import KVCache
-from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+
+from mlops.engine.mlx_lm import KVCache, SwiGLU, SwitchGLU
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, RotatingKVCache
+
+from mlops.engine.mlx_lm import (
+    BatchKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    create_causal_mask,
+)
 
 GROWTH_TOKENS = 256
 """Columns that a full rectangle grows by, at least."""

@@ -27,9 +27,9 @@ from functools import cached_property
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlops.counts import count
+from mlops.engine.mlx_lm import QuantizedSwitchLinear, SwitchLinear
 from mlops.errors import PackagingError
 
 _WEIGHTS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)

@@ -88,9 +88,9 @@ def _convert_to_float32(model: nn.Module) -> None:
 def _dequantize(layer: nn.Module) -> nn.Module | None:
     """The plain float32 layer that computes the same; None for every other kind of layer."""
     from mlx import nn
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     from mlops.engine.layers import dequantized_weight
+    from mlops.engine.mlx_lm import QuantizedSwitchLinear, SwitchLinear
 
     plain: nn.Module
     if isinstance(layer, nn.QuantizedLinear):

@@ -168,7 +168,7 @@ def _load(
 
 
 def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
-    from mlx_lm.utils import load_model as load_mlx_model
+    from mlops.engine.mlx_lm import load_model as load_mlx_model
 
     further: dict[str, Any] = {}
     if checkpoint.is_headless:
@@ -193,9 +193,9 @@ def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
 
 def _headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's classes for a model whose weights are named without the prefix `model.`."""
-    from mlx_lm.utils import _get_classes
+    from mlops.engine.mlx_lm import find_model_classes
 
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = find_model_classes(config)
 
     class Headless(model_class):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: Mapping[str, Any]) -> Any:
@@ -207,7 +207,7 @@ def _headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
-    from mlx_lm.utils import load_tokenizer
+    from mlops.engine.mlx_lm import load_tokenizer
 
     details = {"path": str(checkpoint.path)}
     if not checkpoint.has_tokenizer:

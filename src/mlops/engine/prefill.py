@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlops.engine.kv import Caches, begin_computing
+from mlops.engine.mlx_lm import KVCache, make_prompt_cache
 
 if TYPE_CHECKING:
     from mlx import nn

@@ -160,7 +160,7 @@ class _Decoder(Protocol):
 
 
 def _make_decoder(detokenizer: Any) -> _Decoder:
-    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
+    from mlops.engine.mlx_lm import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 
     if isinstance(detokenizer, BPEStreamingDetokenizer):
         return _ByteDecoder(detokenizer.tokenmap, _to_bytes_bpe, trims_space=True)

@@ -14,7 +14,8 @@ import logging
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
+
+from mlops.engine.mlx_lm import make_prompt_cache
 
 logger = logging.getLogger(__name__)
 

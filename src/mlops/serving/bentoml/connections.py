@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import heapq
 import logging
-import resource
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from mlops.hardware.open_files import raise_open_file_limit
 from mlops.serving.http import RunnerHost
-from mlops.serving.http.errors import head_too_large
+from mlops.serving.http.errors import head_too_large, too_many_connections
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,14 @@ STALLED_S = 60.0
 LAST_LOOK_S = 0.25
 """When the service ends, for what an idle connection has sent and nobody has read yet."""
 
-MAX_OPEN_FILES = 10_240
-"""macOS allows no more by default; it gives a process 256 at first."""
+SPARE_FILES = 128
+"""Open files that connections leave to everything else: logs, adapters, metrics."""
+
+CLOSED_TOGETHER = 64
+"""Idle connections that end at once when there are too many: those that were silent longest."""
+
+TOLD_EVERY_S = 60.0
+"""How often the log says that there are too many."""
 
 _LOOK_EVERY_S = 2.0
 
@@ -51,11 +59,11 @@ async def watched(
     look_every_s: float = _LOOK_EVERY_S,
 ) -> AsyncIterator[None]:
     """Bound the server's connections in this block; entered before it accepts the first."""
-    _allow_many_files()
+    room = Room(server, raise_open_file_limit())
     if issubclass(
         server.config.http_protocol_class, HttpToolsProtocol
     ):  # else h11: it bounds heads
-        making: Any = functools.partial(Connection, server, host)
+        making: Any = functools.partial(Connection, server, host, room)
         server.config.http_protocol_class = making
     looking = asyncio.create_task(_look(server, head_s, stalled_s, look_every_s))
     try:
@@ -63,6 +71,58 @@ async def watched(
     finally:
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
+
+
+class Room:
+    """Makes room for connections when the process may open no more files.
+
+    Otherwise whoever opens that many and says nothing makes the service deaf until their time is
+    over.
+
+    Args:
+        max_open_files: that the process may have.
+    """
+
+    def __init__(self, server: uvicorn.Server, max_open_files: int) -> None:
+        self._server = server
+        self._max_connections = max_open_files - min(SPARE_FILES, max_open_files // 4)
+        self._num_places = 0  # that idle connections have left, and new ones have not taken
+        self._told_s = -math.inf
+
+    def try_take(self, connection: Connection) -> bool:
+        """Whether a new connection may stay; idle ones give way to it."""
+        # Its number says how many are open: the system gives each file the lowest that is free.
+        if connection.transport.get_extra_info("socket").fileno() < self._max_connections:
+            self._num_places = 0
+            return True
+        if not self._num_places:
+            self._tell()
+            self._num_places = self._close_idle_ones(but=connection)
+        is_there = self._num_places > 0
+        self._num_places -= is_there
+        return is_there
+
+    def _close_idle_ones(self, but: Connection) -> int:
+        now = time.monotonic()
+        idle = [
+            one
+            for one in self._server.server_state.connections
+            if isinstance(one, Connection) and one.is_idle and one is not but
+        ]
+        longest = heapq.nsmallest(CLOSED_TOGETHER, idle, key=lambda one: one.head_since_s or now)
+        for one in longest:
+            one.transport.close()
+        return len(longest)
+
+    def _tell(self) -> None:
+        if (now := time.monotonic()) - self._told_s < TOLD_EVERY_S:
+            return
+        self._told_s = now
+        logger.warning(
+            "%d connections are too many: idle ones are closed to make room; the system's limit "
+            "of open files decides (ulimit -n, LimitNOFILE)",
+            len(self._server.server_state.connections),
+        )
 
 
 class Connection(HttpToolsProtocol):
@@ -73,10 +133,13 @@ class Connection(HttpToolsProtocol):
             while a request is answered, and between two, where uvicorn has a limit of its own.
     """
 
-    def __init__(self, server: uvicorn.Server, host: RunnerHost, **options: Any) -> None:
+    def __init__(
+        self, server: uvicorn.Server, host: RunnerHost, room: Room, **options: Any
+    ) -> None:
         super().__init__(**options)
         self._server = server
         self._host = host
+        self._room = room
         self._has_got_on = False
         self._num_idle_bytes = 0  # since the parser last had a head or a part of a body
         self.head_since_s: float | None = time.monotonic()
@@ -85,6 +148,9 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         if self._server.should_exit:  # accepted too late for uvicorn to tell it
             self.shutdown()
+        elif not self._room.try_take(self):
+            self.transport.write(too_many_connections())
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -110,21 +176,22 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Called by uvicorn when the service ends."""
-        if self._is_idle:
+        if self.is_idle:
             self.loop.call_later(LAST_LOOK_S, self._close_if_idle)
         else:
             super().shutdown()
 
     @property
-    def _is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+    def is_idle(self) -> bool:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        return not is_answering and not self.transport.is_closing()
 
     def _close_if_idle(self) -> None:
-        if self._is_idle:
+        if self.is_idle:
             self.transport.close()
 
     def _refuse_head(self) -> None:
-        if self._is_idle:  # else there is, or will be, another answer
+        if self.is_idle:  # else there is, or will be, another answer
             self.transport.write(head_too_large(MAX_HEAD_BYTES))
         self.transport.close()
 
@@ -149,12 +216,3 @@ async def _look(
                 if now - since > stalled_s:
                     logger.warning("a client reads nothing; its connection is cut off")
                     transport.abort()
-
-
-def _allow_many_files() -> None:
-    """Every connection is an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

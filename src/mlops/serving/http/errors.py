@@ -156,12 +156,22 @@ def error_response(exc: BaseException, *, like_openai: bool = False) -> JSONResp
 def head_too_large(max_bytes: int) -> bytes:
     """The answer to a request whose line and headers have no end, as HTTP/1.1 on the wire."""
     message = f"the request's line and headers are over {max_bytes} bytes"
-    body = bytes(error_response(HTTPException(431, message)).body)
-    return (
-        b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-        b"content-type: application/json\r\n"
-        b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
+    return _on_the_wire(431, "Request Header Fields Too Large", message)
+
+
+def too_many_connections() -> bytes:
+    """The answer to a connection that there is no room for, as HTTP/1.1 on the wire."""
+    return _on_the_wire(
+        503, "Service Unavailable", "too many connections are open: try again later"
     )
+
+
+def _on_the_wire(status: int, phrase: str, message: str) -> bytes:
+    response = error_response(HTTPException(status, message))
+    response.headers["connection"] = "close"
+    lines = [b"HTTP/1.1 %d %b" % (status, phrase.encode())]
+    lines += [b"%b: %b" % header for header in response.raw_headers]
+    return b"\r\n".join((*lines, b"", bytes(response.body)))
 
 
 def log_failure(exc: BaseException) -> None:
