@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlops.hardware.open_files import open_file_limit_kept
+
 SPECIAL_TOKENS = ("<|pad|>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -50,7 +52,9 @@ def write_language_model(
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map
-    from mlx_lm.utils import _get_classes, quantize_model, save_config
+
+    with open_file_limit_kept():
+        from mlx_lm.utils import _get_classes, quantize_model, save_config
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +151,10 @@ def write_lora_adapter(
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
+
+    with open_file_limit_kept():
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+        from mlx_lm.utils import load_model
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +206,9 @@ def write_peft_adapter(
     """
     import mlx.core as mx
     from mlx import nn
-    from mlx_lm.utils import load_model
+
+    with open_file_limit_kept():
+        from mlx_lm.utils import load_model
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
