@@ -21,6 +21,10 @@ from starlette.routing import Route
 from mlops.errors import BentoMLError, ConfigError
 from mlops.serving.bentoml import logs, shutdown, supervision
 from mlops.serving.bentoml.config import BentoMLConfig
+from mlops.serving.bentoml.metrics_folder import (
+    give_own_metrics_folder,
+    hold_own_metrics_folder,
+)
 from mlops.serving.bentoml.served_model import ServedModel, make_served_model
 from mlops.serving.http import Served, Status, create_app
 from mlops.serving.http.predict import predict as answer_predict
@@ -81,6 +85,7 @@ def create_bentoml_service(
         config=config,
     )
     service = _bentoml_service(model)
+    give_own_metrics_folder()
     service._caller_module = _caller()  # BentoML looks for the service in this module
     return service
 
@@ -122,6 +127,7 @@ def _bentoml_service(model: ServedModel) -> Service[Any]:
 
         def to_asgi(self, is_main: bool = True) -> Starlette:
             logs.configure(self)
+            hold_own_metrics_folder()
             served.tracer_provider = _tracer_provider()
             served.version = self.bento.tag.version if self.bento else None
             try:

@@ -6,7 +6,7 @@
 
 With several workers a scrape reaches one of them and must tell of all. prometheus_client then keeps
 each worker's values in files of a folder that the server names in `PROMETHEUS_MULTIPROC_DIR` before
-a worker starts, and adds them up when it is asked.
+a worker starts, and adds them up when it is asked. `metric_files` is for disks that are full.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlops.engine.statistics import BUCKETS_S, MAX_ADAPTERS, OTHER_NAME
+from mlops.serving.http.metric_files import num_unwritten, withstand_full_disk
 from mlops.serving.http.records import RequestRecord
 from mlops.serving.http.request_log import UNLOGGED_ROUTES
 
@@ -43,6 +44,8 @@ _BETWEEN = "mlops_time_per_output_token_seconds"
 _RUNNING_BY_ADAPTER = "mlops_adapter_requests_running"
 _WAITING_BY_ADAPTER = "mlops_adapter_requests_waiting"
 _MAX_RUNNING_ADAPTERS = "mlops_max_running_adapters"
+_UNWRITTEN = "mlops_metrics_unwritten"
+_UNWRITTEN_HELP = "Series that are missing here: a worker's disk has no room for them."
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ class Metrics:
 
         self._info = info
         self._folder = os.environ.get(FOLDER_VARIABLE)
+        if self._folder:
+            withstand_full_disk(Path(self._folder))
         self._registry = registry = prometheus.CollectorRegistry()
         self._adapters = _Names(MAX_ADAPTERS)
         self._described: Any = None
@@ -171,6 +176,7 @@ class Metrics:
                 multiprocess_mode=over_workers,  # type: ignore[arg-type]
             )
 
+        self._unwritten = gauge(_UNWRITTEN, _UNWRITTEN_HELP)
         self.on_observed: Callable[[str, tuple[str, ...], float], None] | None = None
         self._histograms: dict[str, _Children] = {}
 
@@ -285,6 +291,7 @@ class Metrics:
             self._described = host.runner
             self._model_info.labels(*_labels_of_model(self._info, host.runner)).set(1)
         self._refresh_engine(statistics)
+        self._unwritten.set(num_unwritten())
 
     def _refresh_engine(self, statistics: Mapping[str, Any]) -> None:
         for one, gauge in self._engine_gauges.items():
@@ -376,7 +383,7 @@ class _Sum:
         return [families[name] for name in sorted(families)] + list(_derived(families))
 
     def _source(self) -> _Collector:
-        if self.folder is None:
+        if self.folder is None or not Path(self.folder).is_dir():  # somebody cleaned up
             return self.registry
         from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -389,6 +396,8 @@ def _derived(families: Mapping[str, Metric]) -> Iterator[Metric]:
     """What follows from the sums, and cannot be added up itself."""
     from prometheus_client.core import GaugeMetricFamily
 
+    if _UNWRITTEN not in families:  # it is one of them
+        yield GaugeMetricFamily(_UNWRITTEN, _UNWRITTEN_HELP, num_unwritten())
     used = _values(families, "mlops_kv_cache_bytes").get("", 0.0)
     budget = _values(families, "mlops_kv_cache_budget_bytes").get("", 0.0)
     yield GaugeMetricFamily(
