@@ -76,6 +76,50 @@ def test_the_log_is_bounded(monkeypatch: pytest.MonkeyPatch, bentoml_home: Path)
     assert len(numbers) > 10
 
 
+@pytest.mark.parametrize("obstacle", ["full disk", "no folder", "no file", "no turning over"])
+def test_a_log_that_cannot_be_written_costs_nobody_anything(
+    obstacle: str,
+    bentoml_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = bentoml_home / "mlops" / "logs"
+    path = folder / "my_service.log"
+    if obstacle == "no folder":
+        bentoml_home.mkdir()
+        (bentoml_home / "mlops").touch()
+    elif obstacle == "no file":
+        path.mkdir(parents=True)
+    elif obstacle == "no turning over":
+        path.with_suffix(".lock").mkdir(parents=True)
+        monkeypatch.setattr(logs, "MAX_BYTES", 10)
+        path.write_text("full already\n")
+    elif not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    else:
+        folder.mkdir(parents=True)
+        path.symlink_to("/dev/full")
+    attach("my_service")
+    for number in range(100):
+        logger.info("line %d", number)
+    said = capfd.readouterr().err
+    assert said.count("lacks lines until it can be written") == 1
+    assert "Traceback" not in said
+    match obstacle:
+        case "no folder":
+            (bentoml_home / "mlops").unlink()
+        case "no file":
+            path.rmdir()
+        case "no turning over":
+            path.with_suffix(".lock").rmdir()
+        case "full disk":
+            path.unlink()
+    monkeypatch.setattr(logs, "_LOOK_S", 0.0)
+    logger.info("there is room again")
+    logger.info("and more")
+    assert logs.read("my_service")[-1].endswith("and more")
+
+
 def test_following_sees_new_lines() -> None:
     attach("my_service")
     logger.info("old")

@@ -7,13 +7,16 @@ the service or Bento that wrote it. Lines are text, or JSON objects where the op
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,19 +37,53 @@ _FOLLOW_S = 0.25
 
 
 class _SharedLog(WatchedFileHandler):
-    """Appends to a file that other processes append to, and starts a new one when it is full."""
+    """Appends to a file that other processes append to, and starts a new one when it is full.
+
+    Where the file cannot be written, as on a full disk, lines are missing. Nobody who logs is told:
+    they have requests to answer.
+    """
 
     _looked_s = -_LOOK_S
     _num_written = 0
+    _is_failing = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._look()
+            if self.stream is None:
+                self.stream = self._open()
+            self.stream.write(self.format(record) + self.terminator)
+            self.stream.flush()
+        except OSError as exc:
+            self._say_once(exc)
+            stream, self.stream = self.stream, None
+            with contextlib.suppress(OSError):  # with what it could not write
+                if stream:
+                    stream.close()
+        except Exception:
+            self.handleError(record)
+        else:
+            self._is_failing = False
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return super()._open()
+
+    def _look(self) -> None:
         now_s = time.monotonic()
         # To look at the file costs more than to write a line.
         if now_s - self._looked_s >= _LOOK_S or self._num_written >= MAX_BYTES // 64:
             self._looked_s, self._num_written = now_s, 0
             self._turn_over()
             self.reopenIfNeeded()  # another process may have turned it over
-        logging.FileHandler.emit(self, record)
+
+    def _say_once(self, exc: OSError) -> None:
+        if not self._is_failing:
+            self._is_failing = True
+            with contextlib.suppress(OSError):
+                sys.stderr.write(
+                    f"{self.baseFilename} lacks lines until it can be written: {exc.strerror}\n"
+                )
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -126,7 +163,6 @@ def configure(service: Service[Any]) -> None:
 def attach(service: Service[Any]) -> None:
     """Let what this process logs also go to the service's log."""
     path = path_of(service.name)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     tag = _tag_of(service)
     handler = _SharedLog(path, encoding="utf-8", delay=True, errors="backslashreplace")
     text = f"%(asctime)s %(levelname)s [{tag}] %(process)d %(name)s: %(message)s"
