@@ -41,6 +41,46 @@ text, _ = metrics.render("application/openmetrics-text")
 print(text.decode(), end="", flush=True)
 """
 
+WITHOUT_ROOM = """
+import os, resource, shutil, sys
+
+from prometheus_client import Counter
+
+early = Counter("early", "Made before the service's.", ["name"])
+early.labels("a").inc()
+
+from mlops.serving.http import RunnerHost, ServiceInfo
+from mlops.serving.http.prometheus import Metrics
+
+metrics = Metrics(ServiceInfo("my_service"))
+late = Counter("late", "Made after them.", ["name"])
+host = RunnerHost(lambda: None)
+
+
+def render():
+    metrics.refresh(host)
+    print(metrics.render("application/openmetrics-text")[0].decode() + "END", flush=True)
+
+
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+names = [f"{number} {'x' * 500}" for number in range(150)]
+for name in names:
+    early.labels(name).inc()
+    late.labels(name).inc()
+render()
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+for name in names:
+    early.labels(name).inc()
+    late.labels(name).inc()
+render()
+folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+holes = [one.name for one in os.scandir(folder) if one.stat().st_blocks * 512 < one.stat().st_size]
+print(f"{holes}END", flush=True)
+shutil.rmtree(folder)
+render()
+"""
+
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunnerHost]:
@@ -161,6 +201,34 @@ def test_a_scrape_adds_up_the_workers_and_forgets_the_dead(tmp_path: Path) -> No
         for worker in workers:
             worker.kill()
             worker.communicate()
+
+
+def test_series_that_the_disk_has_no_room_for_come_back(tmp_path: Path) -> None:
+    """A file that may not grow stands for a full disk; nothing is mapped that is not there."""
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ROOM],
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    full, with_room, holes, folder_gone, _ = done.stdout.split("END\n")
+    first, last = f"0 {'x' * 500}", f"149 {'x' * 500}"
+    assert 'early_total{name="a"} 1.0' in full
+    assert f'early_total{{name="{first}"}} 1.0' in full
+    assert last not in full
+    assert 100 < at(full, "mlops_metrics_unwritten") < 300
+    for name in (first, last):  # what was counted meanwhile is there too
+        for counter in ("early", "late"):
+            assert f'{counter}_total{{name="{name}"}} 2.0' in with_room
+    assert at(with_room, "mlops_metrics_unwritten") == 0
+    assert holes == "[]"
+    assert at(folder_gone, "mlops_model_loaded") == 0
+    assert done.stderr.count("cannot hold all metrics") == 1
 
 
 def test_the_gauges_are_fresh_while_the_app_runs(host: RunnerHost) -> None:
