@@ -3,6 +3,9 @@
 A blob is written with a name that no reader knows and then linked to its own: it is whole or not
 there. An entry of the model store links to blobs, so adapters share their base, versions share what
 did not change, and packaging the same weights again writes nothing.
+
+An entry and its blobs are one file to the file system, with one mode. So the same content for other
+readers (`readers.py`) is another blob: nobody's entry becomes readable, or unreadable, by another.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import BinaryIO
 
 from mlops.errors import PackagingError
 from mlops.registry.manifest import StoredFile
+from mlops.registry.readers import EVERYONE, open_private
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just read."""
@@ -44,7 +48,7 @@ def hash_file(path: Path, progress: Progress | None = None) -> str:
 
 
 class BlobStore:
-    """Blobs under one folder, named `<size>-<sha256>`.
+    """Blobs under one folder, named `<size>-<sha256>`; `-<mode>` follows where not all may read.
 
     Args:
         folder: made when the first blob is added; on the file system of the model store.
@@ -53,12 +57,15 @@ class BlobStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, file: StoredFile) -> Path:
-        """Where the blob with this content is, or would be."""
-        return self.folder / file.blob_name
+    def path(self, file: StoredFile, readers: int) -> Path:
+        """Where the blob with this content for these readers is, or would be."""
+        suffix = "" if readers == EVERYONE else f"-{readers:o}"
+        return self.folder / f"{file.blob_name}{suffix}"
 
-    def add(self, source: Path, relative_path: str, progress: Progress | None = None) -> StoredFile:
-        """Make sure that the content of `source` is stored.
+    def add(
+        self, source: Path, relative_path: str, readers: int, progress: Progress | None = None
+    ) -> StoredFile:
+        """Make sure that the content of `source` is stored, for these readers.
 
         A blob of the same size is a hint that nothing needs to be written: then the source is
         hashed first. Otherwise it is copied and hashed in one pass, or cloned where the file
@@ -70,7 +77,7 @@ class BlobStore:
         try:
             before = source.stat()
             self.folder.mkdir(parents=True, exist_ok=True)
-            stored = self._add(source, relative_path, before.st_size, progress)
+            stored = self._add(source, relative_path, readers, before.st_size, progress)
             after = source.stat()
         except OSError as exc:
             raise store_failure(exc, self.folder, source) from exc
@@ -83,22 +90,31 @@ class BlobStore:
         return stored
 
     def _add(
-        self, source: Path, relative_path: str, size: int, progress: Progress | None
+        self,
+        source: Path,
+        relative_path: str,
+        readers: int,
+        size: int,
+        progress: Progress | None,
     ) -> StoredFile:
         if any(self.folder.glob(f"{size}-*")):
             file = StoredFile(relative_path, size, hash_file(source, progress))
-            if self.holds(file):
+            if self.holds(file, readers):
                 return file
             progress = None  # these bytes were counted
         with self._partial() as partial:
             file = StoredFile(relative_path, *_copy(source, partial, progress))
-            partial.chmod(0o444)
-            if not self.holds(file):
-                partial.replace(self.path(file))
+            partial.chmod(readers)
+            if not self.holds(file, readers):
+                partial.replace(self.path(file, readers))
         return file
 
     def try_receive(
-        self, file: StoredFile, chunks: Iterable[bytes], progress: Progress | None = None
+        self,
+        file: StoredFile,
+        readers: int,
+        chunks: Iterable[bytes],
+        progress: Progress | None = None,
     ) -> bool:
         """Store content that comes in pieces; False, and nothing stored, when it is not `file`'s.
 
@@ -111,7 +127,7 @@ class BlobStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._partial() as partial:
-                with partial.open("xb") as writer:
+                with open(partial, "xb", opener=open_private) as writer:
                     for chunk in chunks:
                         if writer.tell() + len(chunk) > file.size:
                             return False
@@ -121,8 +137,8 @@ class BlobStore:
                             progress(len(chunk))
                     if writer.tell() != file.size or digest.hexdigest() != file.sha256:
                         return False
-                partial.chmod(0o444)
-                partial.replace(self.path(file))
+                partial.chmod(readers)
+                partial.replace(self.path(file, readers))
         except OSError as exc:
             raise store_failure(exc, self.folder) from exc
         return True
@@ -136,17 +152,17 @@ class BlobStore:
         finally:
             partial.unlink(missing_ok=True)
 
-    def holds(self, file: StoredFile) -> bool:
+    def holds(self, file: StoredFile, readers: int) -> bool:
         """True when the blob is stored and its bytes are still what its name says."""
-        blob = self.path(file)
+        blob = self.path(file, readers)
         try:
             return blob.stat().st_size == file.size and hash_file(blob) == file.sha256
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # another user's private one is not ours
             return False
 
-    def link(self, file: StoredFile, target: Path) -> None:
+    def link(self, file: StoredFile, readers: int, target: Path) -> None:
         """Make `target` the content of `file`: a hard link, or a clone or copy where links fail."""
-        blob = self.path(file)
+        blob = self.path(file, readers)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(blob, target)
@@ -154,20 +170,17 @@ class BlobStore:
             if exc.errno not in _CANNOT_LINK:
                 raise
             _copy(blob, target, None)
+            target.chmod(readers)
 
-    def sweep(self) -> int:
-        """Remove partial writes and blobs that no entry links to; returns the bytes freed.
+    def sweep(self) -> None:
+        """Remove partial writes and blobs that no entry links to.
 
         Only safe while nobody adds: the caller holds the store's lock alone.
         """
-        freed = 0
         with contextlib.suppress(FileNotFoundError):
             for blob in self.folder.iterdir():
-                status = blob.stat()
-                if status.st_nlink == 1:
-                    freed += status.st_size
+                if blob.stat().st_nlink == 1:
                     blob.unlink()
-        return freed
 
 
 def store_failure(exc: OSError, folder: Path, source: Path | None = None) -> PackagingError:
@@ -182,6 +195,11 @@ def store_failure(exc: OSError, folder: Path, source: Path | None = None) -> Pac
             message = f"the model store at {folder} cannot be written; allow it or set BENTOML_HOME"
     elif exc.errno == errno.ENOENT and source is not None:
         message = f"{source} vanished while it was packaged; try again when it is complete"
+    elif exc.errno == errno.ENOENT:
+        message = (
+            f"something of the model store at {folder} was deleted while it was used; run the same "
+            "again"
+        )
     else:
         message = f"the model store at {folder} refused the files: {exc.strerror or exc}"
     return PackagingError(message, "create_bento_model", details)
@@ -193,7 +211,10 @@ def _copy(source: Path, target: Path, progress: Progress | None) -> tuple[int, s
     A second thread hashes what has arrived in `target` while the kernel copies on. So the digest is
     that of the stored bytes, whatever happens to the source meanwhile.
     """
-    with source.open("rb", buffering=0) as reader, target.open("x+b", buffering=0) as writer:
+    with (
+        source.open("rb", buffering=0) as reader,
+        open(target, "x+b", buffering=0, opener=open_private) as writer,
+    ):
         if _clone(reader, writer):
             return target.stat().st_size, hash_file(target, progress)
         digest = hashlib.sha256()

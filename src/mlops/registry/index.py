@@ -24,7 +24,7 @@ from mlops.registry.manifest import (
     parse_manifest,
 )
 from mlops.registry.model_yaml import plain, read_yaml
-from mlops.registry.store import RESERVED_NAMES, ModelStore, newest_version
+from mlops.registry.store import RESERVED_NAMES, ModelStore, newest_version, reading
 
 FORMAT = 1
 
@@ -144,6 +144,11 @@ def local_index(tag: str) -> Index:
         IntegrityError: something of it is missing or damaged.
     """
     check_tag(tag)
+    with reading(tag):
+        return _local_index(tag)
+
+
+def _local_index(tag: str) -> Index:
     store = ModelStore()
     bento = folder_of(store.bentos, tag)
     is_bento = bento.is_dir()

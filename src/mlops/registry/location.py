@@ -1,22 +1,35 @@
 """Files in a folder or behind a URL that fsspec knows, and every failure there as our own error.
 
-A file appears whole or not at all: object stores do so, and in a folder it gets its name last.
+A file appears whole or not at all: object stores do so, and in a folder it gets its name last. What a
+killed writer leaves in a folder, `Location.sweep` removes. What it leaves of an upload in parts, an
+object store removes itself, if its rules for the life of objects say so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
+import platform
 import re
-import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlops.errors import MissingDependencyError, PackagingError
 from mlops.registry.blobs import Progress
+from mlops.registry.readers import EVERYONE, open_private, readers_of, readers_of_copies
 
+logger = logging.getLogger(__name__)
+
+ABANDONED_AFTER_S = 3600
+"""How long nothing is written to a file without a name until its writer, on another machine, counts
+as gone."""
+
+_PARTIAL = re.compile(r"partial-[0-9a-f]{32}(@.*)?")
 _CHUNK_BYTES = 8 * 2**20
 _NUM_ATTEMPTS = 3
 
@@ -64,27 +77,80 @@ class Location:
             end = min(start + _CHUNK_BYTES, size)
             yield self._try(self._files.cat_file, f"{self._root}/{path}", start=start, end=end)
 
-    def upload(self, source: Path, path: str, progress: Progress | None = None) -> None:
+    def local_path(self, path: str) -> Path | None:
+        """Where a file is on this machine; None at an object store."""
+        return Path(self._root, path) if self._is_folder else None
+
+    def readers_of_copies(self, sources: Iterable[Path]) -> int:
+        """Who may read copies of local files here (`readers.py`)."""
+        if not self._is_folder:
+            return EVERYONE
+        with self._translated():
+            return readers_of_copies(sources, self._new_folder)
+
+    def is_open_to(self, readers: int, path: str) -> bool:
+        """True when at least these readers may read a file that is here."""
+        local = self.local_path(path)
+        with self._translated():
+            return local is None or readers & ~readers_of(local.stat()) == 0
+
+    def upload(
+        self, source: Path, path: str, readers: int, progress: Progress | None = None
+    ) -> None:
         """Copy a local file there, in place of one that has the path already."""
         tell = progress or (lambda _: None)
         with self._translated():
             if self._is_folder:
-                with self._unnamed(path) as unnamed:
-                    shutil.copyfile(source, unnamed)
+                with source.open("rb") as reader, self._unnamed(path) as (unnamed, writer):
+                    while chunk := reader.read(_CHUNK_BYTES):
+                        writer.write(chunk)
+                        tell(len(chunk))
+                    _finish(writer, readers)
                     unnamed.replace(f"{self._root}/{path}")
-                tell(source.stat().st_size)
             else:
                 self._files.put_file(str(source), f"{self._root}/{path}", callback=_callback(tell))
 
-    def create(self, path: str, content: bytes) -> None:
+    def create(self, path: str, content: bytes, readers: int) -> None:
         """Write a file unless it is there: of several writers one wins, and each may look who."""
         with self._translated(), contextlib.suppress(FileExistsError):
             if self._is_folder:
-                with self._unnamed(path) as unnamed:
-                    unnamed.write_bytes(content)
+                with self._unnamed(path) as (unnamed, writer):
+                    writer.write(content)
+                    _finish(writer, readers)
                     _link(unnamed, Path(self._root, path))
             else:
                 self._files.pipe_file(f"{self._root}/{path}", content, mode="create")
+
+    def sweep(self) -> None:
+        """Remove from a folder what writers left that are gone.
+
+        A writer locks its file. On this machine, one that is not locked is nobody's. Of the locks of
+        another machine not every file system tells: there it is one that nothing was written to
+        for an hour, by the clock of the file system. A writer that loses its file so, fails.
+        """
+        if not self._is_folder:
+            return
+        with self._translated():
+            left = [path for path in Path(self._root).rglob("partial-*") if _is_partial(path)]
+            if not left:
+                return
+            with self._unnamed("blobs/now") as (unnamed, _):
+                now_s = unnamed.stat().st_mtime
+            for path in left:
+                try:
+                    _remove_abandoned(path, now_s)
+                except OSError as exc:
+                    logger.warning("%s, of a writer that is gone, cannot be removed: %s", path, exc)
+
+    @cached_property
+    def _new_folder(self) -> os.stat_result:
+        """The status of a folder that is made here: shows what the umask and the place allow."""
+        folder = Path(self._root, f"new-{uuid.uuid4().hex}")
+        folder.mkdir(parents=True)
+        try:
+            return folder.stat()
+        finally:
+            folder.rmdir()
 
     def _info(self, path: str) -> dict[str, Any] | None:
         try:
@@ -94,15 +160,21 @@ class Location:
         return info
 
     @contextlib.contextmanager
-    def _unnamed(self, path: str) -> Iterator[Path]:
-        """A file that no reader knows, in the folder of `path`; gone afterwards."""
+    def _unnamed(self, path: str) -> Iterator[tuple[Path, BinaryIO]]:
+        """A locked file that no reader knows, in the folder of `path`; gone afterwards."""
         folder = Path(self._root, path).parent
         folder.mkdir(parents=True, exist_ok=True)
-        unnamed = folder / f"partial-{uuid.uuid4().hex}"
-        try:
-            yield unnamed
-        finally:
-            unnamed.unlink(missing_ok=True)
+        while True:
+            unnamed = folder / f"partial-{uuid.uuid4().hex}@{_machine()}"
+            with open(unnamed, "xb", opener=open_private) as writer:
+                try:
+                    with contextlib.suppress(OSError):  # some file systems have no locks
+                        fcntl.flock(writer, fcntl.LOCK_EX)
+                    if unnamed.exists():  # otherwise somebody swept before it was locked
+                        yield unnamed, writer
+                        return
+                finally:
+                    unnamed.unlink(missing_ok=True)
 
     def _try(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         failure: Exception | None = None
@@ -135,6 +207,37 @@ def without_secrets(text: str) -> str:
     """The URLs in a text lose their passwords and queries."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     return re.sub(r"(://[^\s?#]*)[?#]\S*", r"\1", text)
+
+
+def _machine() -> str:
+    """This machine's name, as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())
+
+
+def _is_partial(path: Path) -> bool:
+    return _PARTIAL.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+
+
+def _remove_abandoned(partial: Path, now_s: float) -> None:
+    """Remove a file without a name if its writer is gone."""
+    with contextlib.suppress(FileNotFoundError), partial.open("r+b") as file:
+        if partial.name.partition("@")[2] == _machine():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass  # no locks here: its age tells
+            else:
+                partial.unlink()  # while it is locked: a writer that waits for it will notice
+                return
+        if now_s - partial.stat().st_mtime > ABANDONED_AFTER_S:
+            partial.unlink()
+
+
+def _finish(writer: BinaryIO, readers: int) -> None:
+    writer.flush()
+    os.fchmod(writer.fileno(), readers | 0o200)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,6 +8,10 @@ At the location (`location.py`) lie
     index/<name>/<version>.json   what has this tag (`index.py`), with sizes and digests
     blobs/<size>-<sha256>         contents of files, each once
 
+In a folder, each file may be read by those who may read it in the store that it comes from, and the
+index by those who may read all of it. A node gives what it fetches to the readers of the index. An
+object store has no such modes: who may read there is set for the bucket.
+
 What comes from there is taken for hostile: sizes are bounded, names checked, and bytes hashed while
 they are written. Whether a file may be executed is not kept.
 """
@@ -33,7 +37,8 @@ from mlops.registry.index import (
 )
 from mlops.registry.location import Location
 from mlops.registry.manifest import StoredFile
-from mlops.registry.store import ModelStore
+from mlops.registry.readers import restrict
+from mlops.registry.store import ModelStore, reading
 from mlops.registry.store import publish as put_in_place
 
 MAX_INDEX_BYTES = 16 * 2**20
@@ -50,7 +55,8 @@ def local_digest(tag: str) -> str:
 def publish(tag: str, location: str, *, progress: Progress | None = None) -> str:
     """Copy a Bento with all its models, or a stored model with its base, to a shared place.
 
-    Blobs that are there are not written again. A `publish` that is killed leaves blobs only.
+    Blobs that are there are not written again. A `publish` that is killed leaves blobs, which the
+    next one goes on with, and pieces of blobs, which the next one removes (`Location.sweep`).
 
     Args:
         location: a path, or a URL that fsspec knows.
@@ -76,11 +82,14 @@ def publish(tag: str, location: str, *, progress: Progress | None = None) -> str
             {"tag": tag},
         )
     shared = _SharedTag(tag, location)
+    shared.place.sweep()
     published = shared.read_index()
+    sources = list(_sources(index))
     if published is None or published.digest == index.digest:
-        _side_by_side(lambda item: shared.upload(*item, progress), _sources(index))
+        _side_by_side(lambda item: shared.upload(*item, progress), sources)
     if published is None:
-        shared.place.create(shared.index_path, text)
+        readers = shared.place.readers_of_copies(path for path, _ in sources)
+        shared.place.create(shared.index_path, text, readers)
         published = shared.read_index()
     if published is None or published.digest != index.digest:
         raise PackagingError(
@@ -164,23 +173,32 @@ class _SharedTag:
         return index
 
     def upload(self, source: Path, file: StoredFile, progress: Progress | None) -> None:
-        """Write a blob unless it is there with its size."""
+        """Write a blob unless it is there, with its size and for its readers."""
         path = f"blobs/{file.blob_name}"
-        if self.place.size(path) == file.size:
+        readers = self.place.readers_of_copies([source])
+        if self.place.size(path) == file.size and self.place.is_open_to(readers, path):
             if progress:
                 progress(file.size)
             return
-        if hash_file(source) != file.sha256:
-            raise IntegrityError(
-                f"{self.tag}: {source} has changed since it was stored; package it again",
-                "publish",
-                {**self.details, "file": file.path},
-            )
-        self.place.upload(source, path, progress)
+        with reading(self.tag):
+            if hash_file(source) != file.sha256:
+                raise IntegrityError(
+                    f"{self.tag}: {source} has changed since it was stored; package it again",
+                    "publish",
+                    {**self.details, "file": file.path},
+                )
+        try:
+            self.place.upload(source, path, readers, progress)
+        except PackagingError:
+            with reading(self.tag):
+                source.stat()  # was it the source that went away, and not the place?
+            raise
 
-    def download(self, store: ModelStore, file: StoredFile, progress: Progress | None) -> None:
-        """Make sure that the local store has a blob."""
-        if store.blobs.holds(file):
+    def download(
+        self, store: ModelStore, file: StoredFile, readers: int, progress: Progress | None
+    ) -> None:
+        """Make sure that the local store has a blob for these readers."""
+        if store.blobs.holds(file, readers):
             if progress:
                 progress(file.size)
             return
@@ -189,9 +207,14 @@ class _SharedTag:
         if size is None:
             raise self.damaged(f"{path}, for {file.path}, is missing", file=file.path)
         if size != file.size or not store.blobs.try_receive(
-            file, self.place.read(path, size), progress
+            file, readers, self.place.read(path, size), progress
         ):
             raise self.damaged(f"{path}, for {file.path}, has other bytes", file=file.path)
+
+    def readers(self, store: ModelStore) -> int:
+        """Who may read what the local store makes of it: who may read the index, in a folder."""
+        index = self.place.local_path(self.index_path)
+        return store.readers_of_copies([index] if index else [])
 
     def damaged(self, message: str, **details: Any) -> IntegrityError:
         """What is at the shared place must not be used."""
@@ -228,6 +251,7 @@ def _install(
 ) -> None:
     """Download what the store lacks, and when all is there let it appear: models first."""
     with store.writing(sweep=False):
+        readers = shared.readers(store)
         models = [model for model in index.models if not _has_model(store, shared, model)]
         files = [file for model in models for file in model.contents]
         lacks_bento = index.kind == "bento" and not _has_files(
@@ -236,27 +260,34 @@ def _install(
         if lacks_bento:
             files += index.files
         _side_by_side(
-            lambda file: shared.download(store, file, progress),
+            lambda file: shared.download(store, file, readers, progress),
             {file.blob_name: file for file in files}.values(),
         )
         for model in models:
             if model.manifest:
-                store.install(model.tag, model.manifest, model.labels, model.metadata)
+                store.install(model.tag, model.manifest, model.labels, model.metadata, readers)
             else:
-                _install_files(store, shared, folder_of(store.models, model.tag), model.files)
+                folder = folder_of(store.models, model.tag)
+                _install_files(store, shared, folder, model.files, readers)
         if lacks_bento:
-            _install_files(store, shared, folder_of(store.bentos, index.tag), index.files)
+            folder = folder_of(store.bentos, index.tag)
+            _install_files(store, shared, folder, index.files, readers)
 
 
 def _install_files(
-    store: ModelStore, shared: _SharedTag, folder: Path, files: Iterable[StoredFile]
+    store: ModelStore,
+    shared: _SharedTag,
+    folder: Path,
+    files: Iterable[StoredFile],
+    readers: int,
 ) -> None:
     """Let a Bento, or a model that is not this toolkit's, appear."""
     name, version = folder.parts[-2:]
     try:
         with store.staging() as staging:
             for file in files:
-                store.blobs.link(file, staging / "entry" / file.path)
+                store.blobs.link(file, readers, staging / "entry" / file.path)
+            restrict(staging / "entry", readers)
             if not put_in_place(staging / "entry", folder.parent.parent, name, version):
                 raise shared.other_content(store, f"{name}:{version}")
     except OSError as exc:

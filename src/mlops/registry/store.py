@@ -10,7 +10,7 @@ An entry is `models/<name>/<version>/` as BentoML lays it out, so `bentoml model
 4. the `latest` pointer is replaced.
 
 A writer holds the store's lock shared. One that gets it alone first sweeps what a killed writer
-left behind.
+left behind. Who deletes takes no lock: what vanishes meanwhile becomes one sentence (`reading`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,14 @@ from mlops.registry.manifest import (
     read_manifest,
 )
 from mlops.registry.model_yaml import plain, read_yaml, write_model_yaml
+from mlops.registry.readers import (
+    EVERYONE,
+    GROUP,
+    OWNER,
+    readers_of,
+    readers_of_copies,
+    restrict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +95,14 @@ class StoredModel:
     def version(self) -> str:
         """The part of the tag after the colon."""
         return self.tag.partition(":")[2]
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Files of the store that no entry uses: blobs, and what killed writers left."""
+
+    num_files: int = 0
+    num_bytes: int = 0
 
 
 def default_version(digest: str) -> str:
@@ -140,21 +158,23 @@ class ModelStore:
         Raises:
             PackagingError: other content has this tag, or the store refused; nothing is left over.
         """
+        files = list(files)
         with self.writing():
             try:
+                readers = self.readers_of_copies(path for _, path in files)
                 manifest = Manifest(
-                    self._store_files(files, progress),
+                    self._store_files(files, readers, progress),
                     kind,
                     framework,
                     base_digest=base.digest if base else None,
                     base_tag=base.tag if base else None,
                 )
                 if reuse and (same := self.find(manifest.digest)):
-                    self._mend(same)
+                    self._mend(same, readers)
                     return same
                 tag = f"{name}:{version or default_version(manifest.digest)}"
-                kept = self._keep(tag, manifest, labels, metadata)
-                return kept or self._create(tag, manifest, labels, metadata, check)
+                kept = self._keep(tag, manifest, labels, metadata, readers)
+                return kept or self._create(tag, manifest, labels, metadata, readers, check)
             except OSError as exc:
                 raise store_failure(exc, self.models) from exc
 
@@ -164,22 +184,23 @@ class ModelStore:
         manifest: Manifest,
         labels: Mapping[str, str],
         metadata: Mapping[str, Any],
+        readers: int,
     ) -> StoredModel:
-        """Make the entry whose blobs are in the store already, or mend it.
+        """Make the entry whose blobs, for `readers`, are in the store already, or mend it.
 
         Raises:
             PackagingError: other content has this tag, or the store refused; nothing is left over.
         """
         with self.writing(sweep=False):
             try:
-                kept = self._keep(tag, manifest, labels, metadata)
-                return kept or self._create(tag, manifest, labels, metadata, None)
+                kept = self._keep(tag, manifest, labels, metadata, readers)
+                return kept or self._create(tag, manifest, labels, metadata, readers, None)
             except OSError as exc:
                 raise store_failure(exc, self.models) from exc
 
     def has(self, tag: str) -> bool:
-        """True when an entry has this tag."""
-        return (self.models / tag.replace(":", "/") / "model.yaml").is_file()
+        """True when an entry has this tag, and this user may look at it."""
+        return os.path.isfile(self._place(tag) / "model.yaml")  # noqa: PTH113 - Path's may raise
 
     def get(self, tag: str) -> StoredModel:
         """The entry with this tag; `name` and `name:latest` mean the newest one.
@@ -192,35 +213,57 @@ class ModelStore:
         valid = tags.is_tag(tag)
         if valid and version in {"", "latest"}:
             version = self._latest(name) or ""
-        if not valid or not version or not self.has(f"{name}:{version}"):
-            raise PackagingError(
-                f"no model {tag!r} in the store at {self.models}; `mlops models list` shows what "
-                "there is",
-                "get_model",
-                {"tag": tag, "store": str(self.models)},
-            )
-        return self._read(f"{name}:{version}")
+        full_tag = f"{name}:{version}"
+        if valid and version and self.has(full_tag):
+            try:
+                return self._read(full_tag)
+            except IntegrityError:
+                if self.has(full_tag):
+                    raise  # otherwise it was deleted just now
+        place = self._place(full_tag)
+        hidden = valid and version and place.is_dir() and not os.access(place, os.R_OK | os.X_OK)
+        raise PackagingError(
+            f"this user may not read {tag} in the store at {self.models}; let its owner allow it"
+            if hidden
+            else f"no model {tag!r} in the store at {self.models}; `mlops models list` shows what "
+            "there is",
+            "get_model",
+            {"tag": tag, "store": str(self.models)},
+        )
 
     def list(self) -> list[StoredModel]:
         """Every entry that this toolkit made, ordered by tag. Others in the store are left out.
 
-        One that cannot be read is left out too, with a warning in the log.
+        So is what this user may not read, and one that cannot be read, with a warning in the log.
         """
         entries = []
-        for manifest in sorted(self.models.glob(f"*/*/{FILE_NAME}")):
+        for tag in self._tags():
+            manifest = self._place(tag) / FILE_NAME
+            if not os.path.lexists(manifest):
+                continue
             try:
-                entries.append(self._read(f"{manifest.parent.parent.name}:{manifest.parent.name}"))
+                entries.append(self._read(tag))
             except IntegrityError as exc:
-                logger.warning("%s", exc)
+                if os.path.lexists(manifest):  # otherwise it was deleted just now
+                    logger.warning("%s", exc)
         return entries
 
     def find(self, digest: str) -> StoredModel | None:
         """Some entry with this content, or None."""
-        for manifest in sorted(self.models.glob(f"*/*/{FILE_NAME}")):
+        for tag in self._tags():
             with contextlib.suppress(IntegrityError):  # what cannot be read is not this content
-                if read_manifest(manifest.parent).digest == digest:
-                    return self._read(f"{manifest.parent.parent.name}:{manifest.parent.name}")
+                if read_manifest(self._place(tag)).digest == digest:
+                    return self._read(tag)
         return None
+
+    def _place(self, tag: str) -> Path:
+        return self.models / tag.replace(":", "/")
+
+    def _tags(self) -> Iterator[str]:
+        """The tags of all folders where entries may be, ordered."""
+        for name in _names_in(self.models):
+            for version in _names_in(self.models / name):
+                yield f"{name}:{version}"
 
     def verify(self, entry: StoredModel, digest: str | None = None) -> None:
         """Check every byte of an entry against its manifest, and that against `digest`.
@@ -228,7 +271,10 @@ class ModelStore:
         Raises:
             IntegrityError: a file is missing, added or changed, or the digest is another.
         """
-        entry = replace(entry, manifest=read_manifest(entry.path))
+        with reading(entry.tag):
+            self._verify(replace(entry, manifest=read_manifest(entry.path)), digest)
+
+    def _verify(self, entry: StoredModel, digest: str | None) -> None:
         if digest and entry.digest != digest:
             raise _damaged(entry, f"its digest is {entry.digest}, not {digest}", expected=digest)
         self.check_sizes(entry)
@@ -250,14 +296,15 @@ class ModelStore:
         Raises:
             IntegrityError: one is missing or has another size.
         """
-        for file in entry.manifest.files:
-            path = entry.path / file.path
-            if path.is_symlink() or not path.is_file():
-                raise _damaged(entry, f"{file.path} is missing", file=file.path)
-            if path.stat().st_size != file.size:
-                raise _damaged(
-                    entry, f"{file.path} has changed since it was stored", file=file.path
-                )
+        with reading(entry.tag):
+            for file in entry.manifest.files:
+                path = entry.path / file.path
+                if path.is_symlink() or not path.is_file():
+                    raise _damaged(entry, f"{file.path} is missing", file=file.path)
+                if path.stat().st_size != file.size:
+                    raise _damaged(
+                        entry, f"{file.path} has changed since it was stored", file=file.path
+                    )
 
     @contextlib.contextmanager
     def writing(self, *, sweep: bool = True) -> Iterator[None]:
@@ -269,13 +316,62 @@ class ModelStore:
         """
         with self._lock("lock") as lock:
             if sweep:
-                try:
+                with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._sweep()
-                except BlockingIOError:
-                    pass
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield
+
+    def garbage(self) -> Garbage:
+        """What `collect_garbage` would free now; nothing while another process writes.
+
+        Raises:
+            PackagingError: the store refused.
+        """
+        if not self.private.is_dir():
+            return Garbage()
+        try:
+            with self._lock("lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self._garbage()
+        except BlockingIOError:
+            return Garbage()
+        except OSError as exc:
+            raise store_failure(exc, self.models) from exc
+
+    def collect_garbage(self) -> Garbage:
+        """Free what no entry uses. Services that run keep the files that they have open.
+
+        Raises:
+            PackagingError: another process writes to the store, or the store refused.
+        """
+        try:
+            with self._lock("lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                garbage = self._garbage()
+                self._sweep()
+                return garbage
+        except BlockingIOError as exc:
+            raise PackagingError(
+                f"another command writes to the store at {self.models}; try again when it has "
+                "ended",
+                "collect_garbage",
+                {"store": str(self.models)},
+            ) from exc
+        except OSError as exc:
+            raise store_failure(exc, self.models) from exc
+
+    def _garbage(self) -> Garbage:
+        """What no entry links to; who calls holds the lock alone."""
+        folders = (self.blobs.folder, self.private / "staging")
+        found = [path.lstat() for folder in folders for path in folder.rglob("*")]
+        links = Counter(status.st_ino for status in found)
+        unused = {
+            status.st_ino: status.st_size
+            for status in found
+            if stat.S_ISREG(status.st_mode) and status.st_nlink <= links[status.st_ino]
+        }
+        return Garbage(len(unused), sum(unused.values()))
 
     @contextlib.contextmanager
     def fetching(self) -> Iterator[None]:
@@ -296,21 +392,27 @@ class ModelStore:
     def staging(self) -> Iterator[Path]:
         """A folder on the store's file system that is gone afterwards unless it was moved."""
         folder = self.private / "staging" / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def readers_of_copies(self, sources: Iterable[Path]) -> int:
+        """Who may read what is made of these files in the store (`readers.py`)."""
+        with self.staging() as folder:
+            (folder / "new").mkdir()
+            return readers_of_copies(sources, (folder / "new").stat())
 
     def _sweep(self) -> None:
         shutil.rmtree(self.private / "staging", ignore_errors=True)
         self.blobs.sweep()
 
     def _store_files(
-        self, files: Iterable[tuple[str, Path]], progress: Progress | None
+        self, files: Sequence[tuple[str, Path]], readers: int, progress: Progress | None
     ) -> tuple[StoredFile, ...]:
         """Make blobs of files, several at a time."""
-        files = list(files)
         for relative, _ in files:
             if not is_portable(relative):
                 raise PackagingError(
@@ -320,7 +422,8 @@ class ModelStore:
                 )
         with _hashers() as pool:
             adding = [
-                pool.submit(self.blobs.add, path, relative, progress) for relative, path in files
+                pool.submit(self.blobs.add, path, relative, readers, progress)
+                for relative, path in files
             ]
             try:
                 return tuple(sorted(one.result() for one in adding))
@@ -334,22 +437,24 @@ class ModelStore:
         manifest: Manifest,
         labels: Mapping[str, str] | None,
         metadata: Mapping[str, Any] | None,
+        readers: int,
         check: Callable[[Path], None] | None,
     ) -> StoredModel:
         """Put the entry together where nobody sees it, and let it appear."""
         name, _, version = tag.partition(":")
-        place = self.models / name / version
+        place = self._place(tag)
         with self.staging() as folder:
             entry = folder / "entry"
             entry.mkdir()
             for file in manifest.files:
-                self.blobs.link(file, entry / file.path)
+                self.blobs.link(file, readers, entry / file.path)
             (entry / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
             write_model_yaml(entry / "model.yaml", tag, manifest, labels, metadata)
+            restrict(entry, readers)
             if check:
                 check(entry)
             while not publish(entry, self.models, name, version):
-                if kept := self._keep(tag, manifest, labels, metadata):
+                if kept := self._keep(tag, manifest, labels, metadata, readers):
                     return kept  # another process was quicker
                 # What has the place cannot be read, so it could not be served.
                 place.rename(folder / uuid.uuid4().hex)
@@ -361,15 +466,23 @@ class ModelStore:
         manifest: Manifest,
         labels: Mapping[str, str] | None,
         metadata: Mapping[str, Any] | None,
+        readers: int,
     ) -> StoredModel | None:
         """The entry that has this tag already; None when there is none that can be read.
 
         Raises:
             PackagingError: it has other content, or was not made by this toolkit.
         """
-        place = self.models / tag.replace(":", "/")
+        place = self._place(tag)
         if not place.is_dir():
             return None
+        if not os.access(place, os.R_OK | os.X_OK):
+            raise PackagingError(
+                f"{tag} is taken by an entry that this user may not read; give this one another "
+                "version",
+                _OPERATION,
+                {"tag": tag, "path": str(place)},
+            )
         try:
             entry = self._read(tag)
         except IntegrityError as exc:
@@ -387,28 +500,38 @@ class ModelStore:
                 _OPERATION,
                 {"tag": tag, "stored": entry.digest, "given": manifest.digest},
             )
-        self._mend(entry)
+        self._mend(entry, readers)
         if (labels or {}) != entry.labels or (metadata or {}) != entry.metadata:
             logger.warning("%s keeps the labels and metadata that it was stored with", tag)
+        if readers != (stays := readers_of(place.stat())):
+            who = {EVERYONE: "everyone", GROUP: "its group", OWNER: "its owner alone"}
+            logger.warning("%s stays readable to %s, as it was stored", tag, who[stays])
         if self._latest(entry.name) is None:
-            point_latest(self.models, entry.name, entry.version)
+            with self.staging() as folder:
+                point_latest(folder, self.models, entry.name, entry.version)
         return entry
 
-    def _mend(self, entry: StoredModel) -> None:
-        """Bring an entry whose blobs were just checked back to what its manifest says."""
+    def _mend(self, entry: StoredModel, checked: int) -> None:
+        """Bring an entry back to what its manifest says; its readers stay.
+
+        Args:
+            checked: for these readers, blobs of all its content were just checked.
+        """
+        readers = readers_of(entry.path.stat())
         for path in _strays(entry):
             path.unlink()
         for file in entry.manifest.files:
-            path, blob = entry.path / file.path, self.blobs.path(file)
+            path, blob = entry.path / file.path, self.blobs.path(file, checked)
             if path.is_file() and (path.samefile(blob) or hash_file(path) == file.sha256):
                 continue
+            self.blobs.add(blob, file.path, readers)
             with self.staging() as folder:
-                self.blobs.link(file, folder / "file")
+                self.blobs.link(file, readers, folder / "file")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (folder / "file").replace(path)
 
     def _read(self, tag: str) -> StoredModel:
-        path = self.models / tag.replace(":", "/")
+        path = self._place(tag)
         manifest = read_manifest(path)
         try:
             info = read_yaml(path / "model.yaml")
@@ -439,8 +562,40 @@ def newest_version(folder: Path, file_name: str) -> str | None:
         version = (folder / "latest").read_text(encoding="utf-8").strip()
         if tags.is_tag(f"{folder.name}:{version}") and (folder / version / file_name).is_file():
             return version
-    made = [path for path in folder.glob(f"*/{file_name}") if path.is_file()]
-    return max(made, key=lambda path: path.stat().st_mtime_ns).parent.name if made else None
+    made = {}
+    for version in _names_in(folder):
+        with contextlib.suppress(OSError):
+            made[version] = (folder / version / file_name).stat().st_mtime_ns
+    return max(made, key=made.__getitem__) if made else None
+
+
+@contextlib.contextmanager
+def reading(tag: str) -> Iterator[None]:
+    """What vanishes or cannot be read while `tag` is looked at, in one sentence.
+
+    Raises:
+        IntegrityError: in place of the operating system's error.
+    """
+    try:
+        yield
+    except OSError as exc:
+        what = (
+            "was deleted, or something of it, while it was read"
+            if exc.errno in {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+            else f"cannot be read: {exc.filename}: {exc.strerror}"
+        )
+        raise IntegrityError(
+            f"{tag} {what}; package or fetch it again",
+            "read_entry",
+            {"tag": tag, "path": str(exc.filename or "")},
+        ) from exc
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What lies in a folder, ordered; nothing where it is none, is gone or may not be looked into."""
+    with contextlib.suppress(OSError):
+        return sorted(os.listdir(folder))
+    return []
 
 
 def _folders() -> tuple[Path, Path]:
@@ -497,22 +652,22 @@ def _strays(entry: StoredModel) -> list[Path]:
 def publish(staged: Path, store: Path, name: str, version: str) -> bool:
     """Make a staged folder appear as `store/name/version`; False when that place is taken."""
     place = store / name / version
-    place.parent.mkdir(exist_ok=True)
-    try:
-        staged.rename(place)
-    except OSError as exc:
-        if exc.errno in {errno.ENOTEMPTY, errno.EEXIST}:
-            return False
-        raise
-    point_latest(store, name, version)
+    while True:
+        place.parent.mkdir(exist_ok=True)
+        try:
+            staged.rename(place)
+            break
+        except OSError as exc:
+            if exc.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                return False
+            # With its last version BentoML deletes the name's folder.
+            if exc.errno != errno.ENOENT or not staged.exists():
+                raise
+    point_latest(staged.parent, store, name, version)
     return True
 
 
-def point_latest(store: Path, name: str, version: str) -> None:
-    """Let BentoML's `name:latest` mean this version."""
-    partial = store / name / f"latest.{uuid.uuid4().hex}"
-    try:
-        partial.write_text(version, encoding="utf-8")
-        partial.replace(store / name / "latest")
-    finally:
-        partial.unlink(missing_ok=True)
+def point_latest(staging: Path, store: Path, name: str, version: str) -> None:
+    """Let BentoML's `name:latest` mean this version; `staging` is a folder on its file system."""
+    (staging / "latest").write_text(version, encoding="utf-8")
+    (staging / "latest").replace(store / name / "latest")

@@ -320,6 +320,7 @@ KILLED_FETCH = """
         assert in_child(fetch) == 0, moment
         assert shared.local_digest(tag) == digest
         assert had == {blob: blob.stat().st_ino for blob in had}, "it went on with what it had"
+        ModelStore().collect_garbage()
         left = [path for path in (home / "mlops").rglob("*") if "partial" in path.name]
         assert not left and not list((home / "mlops" / "staging").glob("*")), left
         shutil.rmtree(home / "mlops")
@@ -342,6 +343,7 @@ KILLED_PUBLISH = """
         assert not indexes or shared.publish(tag, str(place)) == digest
         assert in_child(publish) == 0, moment
         assert shared.publish(tag, str(place)) == digest
+        assert not list(place.rglob("partial-*")), moment
         shutil.rmtree(place)
         moment += 9
     print(moment)
@@ -633,8 +635,8 @@ def test_tag_that_names_no_version(tag: str, bentoml_home: Path, tmp_path: Path)
 
 def test_of_two_writers_of_an_index_the_first_wins(tmp_path: Path) -> None:
     place = Location(str(tmp_path / "place"))
-    place.create("index/demo/1.json", b"first")
-    place.create("index/demo/1.json", b"second")
+    place.create("index/demo/1.json", b"first", 0o444)
+    place.create("index/demo/1.json", b"second", 0o444)
     assert b"".join(place.read("index/demo/1.json", 100)) == b"first"
     assert [path.name for path in (tmp_path / "place").rglob("*.*")] == ["1.json"]
 

@@ -107,8 +107,8 @@ def test_tag_that_is_published_does_not_change(
 
 def test_of_two_writers_of_an_index_the_first_wins(bucket: Any) -> None:
     place = Location(PLACE)
-    place.create("index/demo/1.json", b"first")
-    place.create("index/demo/1.json", b"second")
+    place.create("index/demo/1.json", b"first", 0o444)
+    place.create("index/demo/1.json", b"second", 0o444)
     assert b"".join(place.read("index/demo/1.json", 5)) == b"first"
     assert len(writes(bucket)) == 1
 
