@@ -32,6 +32,8 @@ from mlops.cli.deploy import (
 )
 from mlops.cli.doctor import EPILOG as DOCTOR_EPILOG
 from mlops.cli.doctor import doctor
+from mlops.cli.gc import EPILOG as GC_EPILOG
+from mlops.cli.gc import gc
 from mlops.cli.models import models
 from mlops.cli.package import EPILOG as PACKAGE_EPILOG
 from mlops.cli.package import package
@@ -63,6 +65,7 @@ app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=PREDICT_EPILOG)(predict)
 app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(models, name="models")
+app.command(epilog=GC_EPILOG)(gc)
 app.command(epilog=PUSH_EPILOG)(push)
 app.command(epilog=DEPLOY_EPILOG)(deploy)
 app.command(epilog=STATUS_EPILOG)(status)

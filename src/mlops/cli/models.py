@@ -12,7 +12,7 @@ from mlops.cli.arguments import examples
 from mlops.errors import PackagingError
 
 if TYPE_CHECKING:
-    from mlops.registry import StoredModel
+    from mlops.registry import ModelStore, StoredModel
 
 models = typer.Typer(help="What is in the model store.", no_args_is_help=True)
 
@@ -28,7 +28,8 @@ def list_models(
 
     from mlops.registry import ModelStore
 
-    entries = ModelStore().list()
+    store = ModelStore()
+    entries = store.list()
     if project is not None:
         entries = _of_project(entries, project)
     if as_json:
@@ -36,6 +37,7 @@ def list_models(
         return
     if not entries:
         console.print_note("no models yet; `mlops package FOLDER` stores one")
+        _print_reclaimable(store)
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("tag", no_wrap=True)  # to be copied
@@ -52,6 +54,18 @@ def list_models(
         )
         table.add_row(*map(Text, cells))  # not markup: a label may hold brackets
     console.output().print(table)
+    _print_reclaimable(store)
+
+
+def _print_reclaimable(store: ModelStore) -> None:
+    from mlops.errors import PackagingError
+
+    try:
+        num_bytes = store.collect_garbage(dry_run=True).num_bytes
+    except PackagingError:  # another command writes, or this user may not
+        return
+    if num_bytes:
+        typer.echo(f"{num_bytes / 2**20:.1f} MB reclaimable: `mlops gc` frees them")
 
 
 @models.command("show", epilog=examples("mlops models show helpdesk:1.0.0 --verify"))

@@ -131,7 +131,8 @@ def _print_result(result: dict[str, Any]) -> None:
         output.print(f"note     {old!r} is no part of a tag; it became {new!r}", style="yellow")
     link = result["tracking"]
     if link is not None:
-        output.print(f"run      {'linked' if link.linked else f'queued: {link.reason}'}")
+        waits = f"{'queued' if link.queued else 'not linked'}: {link.reason}"
+        output.print(f"run      {'linked' if link.linked else waits}")
     if result["bento_tag"]:
         output.print(f"bento    {result['bento_tag']}")
     if result["docker_image"]:

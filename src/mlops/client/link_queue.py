@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -215,15 +214,14 @@ class LinkQueue:
         _append(self.rejected_path, b"".join(line.rstrip(b"\n") + b"\n" for line in lines))
 
     def _rewrite(self, lines: list[bytes]) -> None:
-        with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-            try:
-                file.write(b"".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(self.path)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        # One name for all, under the lock: what a killed process leaves, the next one replaces.
+        draft = self.path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        try:
+            _append(draft, b"".join(lines))
+            draft.replace(self.path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _append(path: Path, content: bytes) -> None:

@@ -1,8 +1,8 @@
 """Files in a folder or behind a URL that fsspec knows, and every failure there as our own error.
 
-A file appears whole or not at all: object stores do so, and in a folder it gets its name last. What a
-killed writer leaves in a folder, `Location.sweep` removes. What it leaves of an upload in parts, an
-object store removes itself, if its rules for the life of objects say so.
+A file appears whole or not at all: object stores do so, and in a folder it gets its name last.
+What a killed writer leaves in a folder, the next one removes (`Location.sweep`). What it leaves of
+an upload in parts, an object store removes by its own rules, where such a rule is set.
 """
 
 from __future__ import annotations
@@ -124,9 +124,9 @@ class Location:
     def sweep(self) -> None:
         """Remove from a folder what writers left that are gone.
 
-        A writer locks its file. On this machine, one that is not locked is nobody's. Of the locks of
-        another machine not every file system tells: there it is one that nothing was written to
-        for an hour, by the clock of the file system. A writer that loses its file so, fails.
+        A writer locks its file. One of this machine that is not locked has no writer any more. Not
+        every file system tells of another machine's locks: there it is one to which nothing was
+        written for an hour, by the file system's own clock. A writer that loses its file fails.
         """
         if not self._is_folder:
             return

@@ -174,7 +174,9 @@ class ModelStore:
                     return same
                 tag = f"{name}:{version or default_version(manifest.digest)}"
                 kept = self._keep(tag, manifest, labels, metadata, readers)
-                return kept or self._create(tag, manifest, labels, metadata, readers, check)
+                return kept or self._create(
+                    tag, manifest, labels, metadata, readers=readers, check=check
+                )
             except OSError as exc:
                 raise store_failure(exc, self.models) from exc
 
@@ -194,7 +196,7 @@ class ModelStore:
         with self.writing(sweep=False):
             try:
                 kept = self._keep(tag, manifest, labels, metadata, readers)
-                return kept or self._create(tag, manifest, labels, metadata, readers, None)
+                return kept or self._create(tag, manifest, labels, metadata, readers=readers)
             except OSError as exc:
                 raise store_failure(exc, self.models) from exc
 
@@ -322,34 +324,23 @@ class ModelStore:
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield
 
-    def garbage(self) -> Garbage:
-        """What `collect_garbage` would free now; nothing while another process writes.
+    def collect_garbage(self, *, dry_run: bool = False) -> Garbage:
+        """Free what no entry uses. Services that run keep the files that they have open.
+
+        Args:
+            dry_run: only look what there is.
 
         Raises:
-            PackagingError: the store refused.
+            PackagingError: another process writes to the store, or the store refused.
         """
         if not self.private.is_dir():
             return Garbage()
         try:
             with self._lock("lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self._garbage()
-        except BlockingIOError:
-            return Garbage()
-        except OSError as exc:
-            raise store_failure(exc, self.models) from exc
-
-    def collect_garbage(self) -> Garbage:
-        """Free what no entry uses. Services that run keep the files that they have open.
-
-        Raises:
-            PackagingError: another process writes to the store, or the store refused.
-        """
-        try:
-            with self._lock("lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 garbage = self._garbage()
-                self._sweep()
+                if not dry_run:
+                    self._sweep()
                 return garbage
         except BlockingIOError as exc:
             raise PackagingError(
@@ -437,8 +428,9 @@ class ModelStore:
         manifest: Manifest,
         labels: Mapping[str, str] | None,
         metadata: Mapping[str, Any] | None,
+        *,
         readers: int,
-        check: Callable[[Path], None] | None,
+        check: Callable[[Path], None] | None = None,
     ) -> StoredModel:
         """Put the entry together where nobody sees it, and let it appear."""
         name, _, version = tag.partition(":")
@@ -592,9 +584,9 @@ def reading(tag: str) -> Iterator[None]:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """What lies in a folder, ordered; nothing where it is none, is gone or may not be looked into."""
+    """What lies in a folder, ordered; nothing where it is gone or this user may not look."""
     with contextlib.suppress(OSError):
-        return sorted(os.listdir(folder))
+        return sorted(path.name for path in folder.iterdir())
     return []
 
 

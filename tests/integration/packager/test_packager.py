@@ -375,6 +375,49 @@ def test_no_container_engine_is_said_clearly(
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     with pytest.raises(PackagingError, match="no container engine answers"):
         package_model(base, "demo", create_docker=True)
+    assert ModelStore().list() == bentoml.bentos.list() == []
+
+
+def test_image_that_cannot_be_built_says_what_stays(
+    bentoml_home: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is a mock: it answers, and builds nothing, as one without the network does."""
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text("#!/bin/sh\n" + 'case "$1" in info|version) exit 0;; *) exit 1;; esac\n')
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(docker.parent), prepend=":")
+    with pytest.raises(PackagingError) as caught:
+        package_model(base, "demo", model_version="1.0.0", create_docker=True)
+    stays = ["the model demo:1.0.0", "the Bento demo:1.0.0"]
+    assert caught.value.details["stays"] == stays
+    assert f"; {' and '.join(stays)} stay in the store" in str(caught.value)
+    assert str(bentoml.bentos.get("demo:1.0.0").tag) == "demo:1.0.0"
+    with pytest.raises(PackagingError) as again:
+        package_model(base, "demo", model_version="1.0.0", create_docker=True)
+    assert "stay" not in str(again.value), "nothing is new any more"
+
+
+def test_base_that_was_stored_for_nothing_is_named(
+    bentoml_home: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = write_language_model(tmp_path / "other", seed=9)
+    package_model(other, "tone", model_version="1.0.0", build_bento=False)
+    with pytest.raises(
+        PackagingError, match=r"taken by other content.*; the model base:\w+ stays in the store"
+    ):
+        package_model(adapter, "tone", model_version="1.0.0")
+    assert [entry.name for entry in ModelStore().list()] == ["base", "tone"]
+
+
+def test_bento_that_cannot_be_built_leaves_a_model_that_is_named(
+    bentoml_home: Path, base: Path, tmp_path: Path
+) -> None:
+    package_model(base, "one", service_name="chat", model_version="1.0.0")
+    other = write_language_model(tmp_path / "other", seed=9)
+    with pytest.raises(PackagingError, match=r"; the model two:1\.0\.0 stays in the store"):
+        package_model(other, "two", service_name="chat", model_version="1.0.0")
+    verify(resolve("two:1.0.0"))
 
 
 def test_stored_adapter_over_another_base_is_refused(

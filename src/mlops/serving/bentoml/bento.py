@@ -29,6 +29,7 @@ from mlops.errors import PackagingError
 from mlops.registry import ModelStore, StoredModel
 from mlops.registry.blobs import store_failure
 from mlops.registry.manifest import digest_of
+from mlops.registry.readers import restrict
 from mlops.registry.store import default_version, publish
 from mlops.serving.bentoml.config import BentoMLConfig
 
@@ -146,6 +147,9 @@ def _build(
     place = store.bentos / name / version
     if place.is_dir():
         return _keep(tag, place, digest)
+    readers = store.readers_of_copies(
+        store.models / model.replace(":", "/") / "model.yaml" for model in models
+    )
     (context / "service.py").write_text(source, encoding="utf-8")
     built = _create(
         context,
@@ -158,29 +162,34 @@ def _build(
         wheel=wheel,
         models=models,
     )
+    built.chmod(context.stat().st_mode)  # BentoML made it with the mode of a temporary folder
+    restrict(built, readers)
     if not publish(built, store.bentos, name, version):
         return _keep(tag, place, digest)
     return BuiltBento(tag, place, digest, created=True)
+
+
+def check_container_engine() -> None:
+    """Raise `PackagingError` unless one can be asked for an image."""
+    try:
+        subprocess.run(["docker", "info"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise PackagingError(
+            "no container engine answers: start Docker and run the same again, or package without "
+            "an image and run `bentoml containerize NAME:VERSION` where one is",
+            "create_docker",
+        ) from exc
 
 
 def containerize(tag: str) -> str:
     """Build the container image of a Bento; returns the image's name, the Bento's tag.
 
     Raises:
-        PackagingError: no container engine answers, or the image is not there afterwards.
+        PackagingError: the image is not there afterwards.
     """
     import bentoml
 
     details = {"bento_tag": tag}
-    try:
-        subprocess.run(["docker", "info"], check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as exc:
-        raise PackagingError(
-            "no container engine answers: start Docker and run the same again, or run "
-            f"`bentoml containerize {tag}` where one is",
-            "create_docker",
-            details,
-        ) from exc
     try:
         bentoml.container.build(tag, backend="docker", image_tag=(tag,))
     except Exception as exc:
@@ -193,7 +202,8 @@ def containerize(tag: str) -> str:
     found = subprocess.run(["docker", "image", "inspect", tag], check=False, capture_output=True)
     if found.returncode != 0:
         raise PackagingError(
-            f"the container engine did not build {tag}; its own output above says why",
+            f"the container engine did not build {tag}; its own output above says why, and "
+            f"`bentoml containerize {tag}` tries again",
             "create_docker",
             details,
         )
@@ -300,6 +310,7 @@ def _create(
     """Let BentoML make the Bento's folder; returns it, on the store's file system."""
     from bentoml._internal.bento.bento import Bento
     from bentoml._internal.bento.build_config import BentoBuildConfig
+    from bentoml._internal.configuration.containers import BentoMLContainer
     from bentoml.exceptions import BentoMLException
 
     config = BentoBuildConfig(
@@ -321,6 +332,8 @@ def _create(
     )
     try:
         with private_import():
+            # Where BentoML would build it, nobody would remove what a killed process leaves.
+            BentoMLContainer.tmp_bento_store_dir.set(str(context.parent))
             # "no_image" selects the layout whose env/python/wheels holds our wheel.
             bento = Bento.create(
                 config, version=version, build_ctx=str(context), enabled_features=["no_image"]
@@ -335,6 +348,8 @@ def _create(
             _OPERATION,
             {"bento_tag": f"{name}:{version}"},
         ) from exc
+    finally:
+        BentoMLContainer.tmp_bento_store_dir.reset()
     return built
 
 
@@ -366,7 +381,10 @@ def _keep(tag: str, place: Path, digest: str) -> BuiltBento:
         stored = bentoml.bentos.get(tag).info.labels.get(DIGEST_LABEL)
     except Exception as exc:
         raise PackagingError(
-            f"the Bento {tag} is damaged: remove {place} and package again", _OPERATION, details
+            f"the Bento {tag} is damaged, or was deleted just now: remove {place} if it is there, "
+            "and package again",
+            _OPERATION,
+            details,
         ) from exc
     if stored != digest:
         raise PackagingError(

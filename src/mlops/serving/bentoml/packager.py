@@ -8,7 +8,9 @@ Nothing is loaded: headers say all that is needed, and the store reads each byte
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +25,7 @@ from mlops.checkpoints import (
     recognise,
 )
 from mlops.engine.request import BASE_NAME
-from mlops.errors import ConfigError, PackagingError
+from mlops.errors import BentoMLError, ConfigError, PackagingError
 from mlops.registry import ModelStore, ResolvedModel, StoredModel, references, tags
 from mlops.registry.blobs import Progress
 from mlops.registry.store import RESERVED_NAMES
@@ -148,6 +150,7 @@ class ModelPackager:
         self._model: StoredModel | None = None
         self._base: StoredModel | None = None
         self._adapters: dict[str, StoredModel] = {}
+        self._new: list[str] = []
 
     @property
     def model_name(self) -> str:
@@ -212,8 +215,13 @@ class ModelPackager:
             The entry, with `tag`, `digest` and `path`.
 
         Raises:
-            PackagingError: it cannot be stored; nothing is left behind.
+            PackagingError: it cannot be stored. A base model that was stored before that stays, and
+                the error names it.
         """
+        with self._saying_what_stays():
+            return self._create_bento_model(progress)
+
+    def _create_bento_model(self, progress: Progress | None) -> StoredModel:
         self._resolved = None  # what was looked at before may have changed
         resolved = self._resolve()
         self._check_framework(resolved.checkpoint)
@@ -223,7 +231,7 @@ class ModelPackager:
         self._base = self._store_base(resolved, progress) if resolved.base else None
         for old, new in self.renamed.items():
             logger.warning("%r is no part of a tag; stored as %r", old, new)
-        self._model = ModelStore().save(
+        self._model = self._save(
             self.model_name,
             self._version,
             [(file.relative_path, file.path) for file in files],
@@ -247,9 +255,13 @@ class ModelPackager:
         Raises:
             PackagingError: no runner serves this kind of model yet, or other content has the tag.
         """
+        with self._saying_what_stays():
+            return self._build_bento()
+
+    def _build_bento(self) -> bento.BuiltBento:
         self._check_servable()
         model = self._model or self.create_bento_model()
-        return bento.build(
+        built = bento.build(
             model,
             self._base,
             self._adapters,
@@ -260,6 +272,9 @@ class ModelPackager:
             labels=self.config.labels,
             service=self.config.service,
         )
+        if built.created:
+            self._new.append(f"the Bento {built.tag}")
+        return built
 
     def package_model(
         self,
@@ -283,12 +298,25 @@ class ModelPackager:
             written differently in a tag), `unchanged` (all of it was there already), `tracking`.
 
         Raises:
-            PackagingError: a step failed; what the earlier steps stored stays and is found again.
+            PackagingError: a step failed. What was stored before that is whole and stays: the error
+                names it, and the same call goes on from there.
         """
         if build_bento:
             self._check_servable()
         elif create_docker:
             raise ConfigError("create_docker=True needs build_bento=True")
+        if create_docker:
+            bento.check_container_engine()
+        with self._saying_what_stays():
+            return self._package_model(build_bento, create_docker, tracking, progress)
+
+    def _package_model(
+        self,
+        build_bento: bool,
+        create_docker: bool,
+        tracking: TrackingClient | None,
+        progress: Progress | None,
+    ) -> dict[str, Any]:
         model = self.create_bento_model(progress)
         built = self.build_bento() if build_bento else None
         result: dict[str, Any] = {
@@ -311,6 +339,31 @@ class ModelPackager:
         if tracking is not None:
             result["tracking"] = tracking.link_package(result)
         return result
+
+    def _save(self, *arguments: Any, **options: Any) -> StoredModel:
+        """Store an entry, and remember it if it is new."""
+        entry = ModelStore().save(*arguments, **options)
+        if entry.created:
+            self._new.append(f"the model {entry.tag}")
+        return entry
+
+    @contextlib.contextmanager
+    def _saying_what_stays(self) -> Iterator[None]:
+        """Whoever hears of a failure hears which new entries it leaves."""
+        try:
+            yield
+        except BaseException as exc:
+            stays = (
+                f"{' and '.join(self._new)} {'stay' if len(self._new) > 1 else 'stays'} in the "
+                "store, and the same again goes on from there"
+            )
+            if not self._new or (isinstance(exc, BentoMLError) and "stays" in exc.details):
+                raise
+            if isinstance(exc, BentoMLError):
+                details = {**exc.details, "stays": list(self._new)}
+                raise type(exc)(f"{exc.message}; {stays}", exc.operation, details) from exc
+            logger.warning("%s", stays)  # Ctrl-C, too
+            raise
 
     @property
     def _wanted_name(self) -> str:
@@ -399,7 +452,7 @@ class ModelPackager:
             return ModelStore().get(base.tag)
         name = base.revision.partition("@")[0] if base.revision else base.path.name
         files = list_files(base.path)
-        return ModelStore().save(
+        return self._save(
             tags.valid_name(name, "base_model"),
             None,
             [(file.relative_path, file.path) for file in files],
@@ -416,7 +469,7 @@ class ModelPackager:
         adapter = _resolve_adapter(source, model.tag)
         if adapter.tag is not None:
             return ModelStore().get(adapter.tag)
-        return ModelStore().save(
+        return self._save(
             tags.valid_name(f"{self.model_name}-{name}", "adapters"),
             None,
             [(file.relative_path, file.path) for file in list_files(adapter.path)],
