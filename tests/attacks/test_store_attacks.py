@@ -1,7 +1,7 @@
 """What happens to the store when somebody deletes, interrupts or kills at the worst moment.
 
-A program of ours is forked again and again. Each child does one operation, and at its first, second,
-third, … use of a file something happens to it.
+A program of ours is forked again and again. Each child does one operation, and at its first,
+second, third, … use of a file something happens to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 HARNESS = """
-    # Counts how often a process uses a file under `folder`; at the chosen moment `strike` is called.
+    # Counts how often a process uses a file under `folder`; at the chosen moment calls `strike`.
     import os, sys
     EVENTS = {"open", "os.listdir", "os.scandir", "os.rename", "os.link", "os.mkdir", "os.remove",
               "os.rmdir", "os.chmod", "shutil.rmtree"}
@@ -86,11 +86,11 @@ DELETE = """
 
     work, *wanted = Path(sys.argv[1]), *sys.argv[2:]
     home = Path(os.environ["BENTOML_HOME"])
-    base = write_language_model(work / "base")
-    tone = write_lora_adapter(work / "tone", base)
-    place = str(work / "place")
+    base, tone, place = work / "base", work / "tone", str(work / "place")
 
-    def make():
+    def make():  # in a child, too: MLX's threads do not survive a fork
+        write_language_model(base)
+        write_lora_adapter(tone, base)
         package_model(base, "demo", model_version="1.0.0")
         package_model(tone, "tone", model_version="1.0.0", base_model="demo:1.0.0")
         shared.publish("tone:1.0.0", place)
@@ -167,3 +167,65 @@ DEAR = ("package", "package-adapter", "load", "load-adapter")
 def test_model_deleted_while_it_is_used(tmp_path: Path) -> None:
     said = run(DELETE, tmp_path / "home", tmp_path, *(f"{name}=17" for name in CHEAP))
     assert len(said.splitlines()) == len(CHEAP)
+
+
+@pytest.mark.long
+def test_model_deleted_while_it_is_packaged_or_loaded(tmp_path: Path) -> None:
+    said = run(DELETE, tmp_path / "home", tmp_path, *(f"{name}=41" for name in DEAR))
+    assert len(said.splitlines()) == len(DEAR)
+
+
+INTERRUPT = """
+    import logging, shutil, signal, time
+    from pathlib import Path
+    import bentoml
+    from mlops.registry import ModelStore, references
+    from mlops.serving.bentoml.packager import package_model
+    from tiny_models import write_language_model, write_lora_adapter
+
+    work, stride = Path(sys.argv[1]), int(sys.argv[2])
+    home = Path(os.environ["BENTOML_HOME"])
+    base = write_language_model(work / "base")
+    tone = write_lora_adapter(work / "tone", base, base_reference=str(base))
+
+    def package():
+        package_model(tone, "demo", model_version="1.0.0")
+
+    def attempt(moment):
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("mlops").addHandler(handler)
+        before = {entry.tag for entry in ModelStore().list()}
+        came_to_it = strike_at(moment, home, lambda: os.kill(os.getpid(), signal.SIGINT))
+        try:
+            package()
+            time.sleep(0)  # what came at the last moment is noticed here
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for tag in {entry.tag for entry in ModelStore().list()} - before:
+            references.verify(references.resolve(tag))
+        for bento in bentoml.bentos.list():
+            assert all(bentoml.models.get(model.tag) for model in bento.info.all_models)
+        package()
+        ModelStore().collect_garbage()
+        left = [path for path in (home / "mlops").rglob("*") if "partial" in path.name]
+        assert not left and not list((home / "mlops" / "staging").glob("*")), left
+        assert not list((home / "tmp").glob("*")), "BentoML's own"
+        return 0 if came_to_it() else 7
+
+    moment, outcome = 1, 0
+    while outcome == 0:
+        shutil.rmtree(home, ignore_errors=True)
+        outcome = in_child(lambda: attempt(moment))
+        assert outcome in (0, 7), moment
+        moment += stride
+    print(moment)
+"""
+
+
+@pytest.mark.long
+def test_packaging_that_is_interrupted_leaves_whole_entries(tmp_path: Path) -> None:
+    assert int(run(INTERRUPT, tmp_path / "home", tmp_path, 97)) > 200
