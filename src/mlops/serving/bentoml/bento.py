@@ -380,12 +380,12 @@ def _keep(tag: str, place: Path, digest: str) -> BuiltBento:
     try:
         stored = bentoml.bentos.get(tag).info.labels.get(DIGEST_LABEL)
     except Exception as exc:
-        raise PackagingError(
-            f"the Bento {tag} is damaged, or was deleted just now: remove {place} if it is there, "
-            "and package again",
-            _OPERATION,
-            details,
-        ) from exc
+        message = (
+            f"the Bento {tag} is damaged: remove {place} and package again"
+            if place.exists()
+            else f"the Bento {tag} was deleted while it was looked at; package again"
+        )
+        raise PackagingError(message, _OPERATION, details) from exc
     if stored != digest:
         raise PackagingError(
             f"the Bento {tag} is taken by other content (another model, other settings or another "
