@@ -12,6 +12,7 @@ from mlops.checkpoints.files import PICKLE_SUFFIXES, CheckpointFile, list_files,
 from mlops.checkpoints.language_model import recognise_language_model
 from mlops.checkpoints.other_formats import FORMATS, recognise_other
 from mlops.checkpoints.refusal import examples, refusal
+from mlops.hardware.home import expand
 
 
 def recognise(path: str | Path) -> Checkpoint:
@@ -26,7 +27,7 @@ def recognise(path: str | Path) -> Checkpoint:
             `path` and what is wrong.
         MissingDependencyError: mlx-lm is not installed.
     """
-    path = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - links in it stay
+    path = Path(os.path.abspath(expand(path)))  # noqa: PTH100 - links in it stay
     if not os.path.exists(path):  # noqa: PTH110 - unlike Path.exists it never raises
         raise refusal(f"{path} does not exist: give the folder that holds the model", path)
     if not path.is_dir() and path.suffix.lower() not in set(FORMATS) - {".mlpackage"}:

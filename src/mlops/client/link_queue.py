@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.errors import TrackingError
+from mlops.hardware.home import expand
 
 MAX_QUEUE_BYTES = 16 * 1024 * 1024
 MAX_FACT_CHARS = 1000
@@ -121,7 +122,7 @@ class LinkQueue:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        home = Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml")
+        home = expand(os.path.expandvars(os.environ.get("BENTOML_HOME") or "~/bentoml"))
         self.path = path or home / "mlops" / "tracking-queue.jsonl"
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
 
@@ -197,6 +198,8 @@ class LinkQueue:
             yield
 
     def _lock_file(self, suffix: str) -> Path:
+        if self.path.parts[0].startswith("~"):
+            raise OSError("this user has no home: set BENTOML_HOME to a folder that can be written")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.path.with_suffix(f".{suffix}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.hardware.blas import BlasStatus, find_blas
+from mlops.hardware.home import expand
 from mlops.hardware.machine import HardwareInfo, detect
 from mlops.hardware.probes import Probes
 
@@ -51,9 +52,7 @@ def diagnose(probes: Probes | None = None) -> Diagnosis:
     """Look at the machine, the libraries and the store, and list what is wrong."""
     hardware = detect(probes)
     probes = probes or Probes()
-    # expanduser, as in BentoML: it answers for a user without a home, too.
-    home = os.environ.get("BENTOML_HOME") or os.path.expanduser("~/bentoml")  # noqa: PTH111
-    store = Path(home).absolute()
+    store = expand(os.path.expandvars(os.environ.get("BENTOML_HOME") or "~/bentoml")).absolute()
     blas = find_blas(hardware)
     versions = {name: probes.version(name) for name in LIBRARIES}
     free_disk_bytes = probes.free_disk_bytes(str(store))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, hub, list_files, recognise
 from mlops.errors import IntegrityError, PackagingError
+from mlops.hardware.home import expand
 from mlops.registry import tags
 from mlops.registry.blobs import hash_file
 from mlops.registry.manifest import Manifest, StoredFile, is_digest
@@ -94,7 +95,7 @@ def verify_digest(resolved: ResolvedModel, digest: str) -> None:
 
 def _find(model: str | Path) -> ResolvedModel:
     text = str(model)
-    path = Path(text).expanduser()
+    path = expand(text)
     if path.exists():
         return ResolvedModel(path.resolve(), recognise(path))
     if isinstance(model, str) and (reference := split_reference(text)):

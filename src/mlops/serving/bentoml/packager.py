@@ -26,6 +26,7 @@ from mlops.checkpoints import (
 )
 from mlops.engine.request import BASE_NAME
 from mlops.errors import BentoMLError, ConfigError, PackagingError
+from mlops.hardware.home import expand
 from mlops.registry import ModelStore, ResolvedModel, StoredModel, references, tags
 from mlops.registry.blobs import Progress
 from mlops.registry.store import RESERVED_NAMES
@@ -369,7 +370,7 @@ class ModelPackager:
     def _wanted_name(self) -> str:
         if self.config.model_name is not None:
             return self.config.model_name
-        path = Path(self.config.model_path or "").expanduser()
+        path = expand(self.config.model_path or "")
         return path.resolve().name if path.exists() else str(path).partition("@")[0]
 
     @property
@@ -387,7 +388,7 @@ class ModelPackager:
         if path is None or not str(path):
             raise ConfigError("PackageConfig.model_path is not set: name the folder to package")
         if self._resolved is None:
-            is_path = Path(path).expanduser().exists()
+            is_path = expand(path).exists()
             if not is_path and not (isinstance(path, str) and references.is_hub_id(path)):
                 raise PackagingError(
                     f"{path} does not exist: give the folder that the training wrote",

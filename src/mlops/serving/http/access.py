@@ -25,6 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlops.errors import ConfigError
+from mlops.hardware.home import expand
 from mlops.serving.http import docs_page
 from mlops.serving.http.errors import Failures
 from mlops.serving.http.limits import Limits
@@ -164,7 +165,7 @@ def read_api_keys(path: str | None, environ: Mapping[str, str] | None = None) ->
         written = variables[KEYS_VARIABLE].split(",")
         keys += _checked(enumerate(written, 1), KEYS_VARIABLE, "key")
     if path is not None:
-        lines = enumerate(_read(Path(path).expanduser()).splitlines(), 1)
+        lines = enumerate(_read(expand(path)).splitlines(), 1)
         keys += _checked(((n, one) for n, one in lines if one[:1] != "#"), path, "line")
     if len(keys) > MAX_KEYS:
         raise ConfigError(f"there are {len(keys)} API keys; at most {MAX_KEYS} are allowed")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.errors import DeploymentError, MissingDependencyError, MLOpsError
+from mlops.hardware.home import expand
 from mlops.serving.bentoml.config import BentoMLConfig
 from mlops.serving.ray.deployment import Plan
 
@@ -222,7 +223,7 @@ def use_token() -> None:
     if "RAY_AUTH_MODE" in os.environ:
         return
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
+    if named or (expand("~/.ray/auth_token")).is_file():
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
