@@ -27,7 +27,13 @@ from mlops.engine.config import EngineConfig
 from mlops.engine.embedding import EmbeddingRequest, EmbeddingResult, tokenize_inputs
 from mlops.engine.loading import LoadedModel, load_model
 from mlops.engine.messages import Tools
-from mlops.engine.owner import in_owner, run_in_owner, submit_to_owner, to_exception
+from mlops.engine.owner import (
+    in_owner,
+    owner_failure,
+    run_in_owner,
+    submit_to_owner,
+    to_exception,
+)
 from mlops.engine.prompts import to_generation_request
 from mlops.engine.request import (
     BASE_NAME,
@@ -66,6 +72,7 @@ __all__ = [
     "find_form",
     "in_owner",
     "load_model",
+    "owner_failure",
     "parse_request",
     "run_in_owner",
     "split_choices",

@@ -128,6 +128,7 @@ class Engine:
         self._is_scheduled = False
         self._is_polling = False
         self._is_closed = False
+        self._num_turns = 0
         self._idle = threading.Event()
         self._idle.set()
 
@@ -276,6 +277,7 @@ class Engine:
             "batch_sizes": snapshot["steps"]["by_rows"],
             "running": len(self._batch.sequences) + len(self._prefilling),
             "waiting": self._scheduler.num_waiting,
+            "turns": self._num_turns,  # also those that could do nothing but look
             "running_adapters": _by_adapter([*self._batch.sequences, *self._prefilling]),
             "waiting_adapters": self._scheduler.num_waiting_by_adapter(),
             "max_rows": self.max_rows,
@@ -330,6 +332,7 @@ class Engine:
         with self._lock:
             self._is_scheduled = False
         self._guarded_step()
+        self._num_turns += 1
         if self._is_computing or self.adapters.drained():
             self._schedule()
             return

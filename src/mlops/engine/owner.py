@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -31,13 +31,19 @@ EXIT_TIMEOUT_S = 10.0
 """How long the interpreter's exit waits for the work that is under way."""
 
 
+DEAD = "the thread that does all MLX work has died: restart the process"
+"""What it died of is for the log, and for `owner_failure`."""
+
+
 class _Owner:
     """A daemon thread that works through a queue of calls."""
 
     def __init__(self) -> None:
         self.process_id = os.getpid()
         self.is_stopping = False
+        self.failure: str | None = None
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._unanswered: set[Future[Any]] = set()
         self.thread = threading.Thread(target=self._work, name="mlx-owner", daemon=True)
         self.thread.start()
 
@@ -57,7 +63,12 @@ class _Owner:
 
         if self.is_stopping:
             raise EngineShutdownError("the interpreter is exiting; nothing more is computed")
+        if self.failure is not None:
+            raise EngineShutdownError(DEAD)
+        self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
         self._calls.put(run)
+        self._fail_when_dead()  # it may have died meanwhile
         return future
 
     def stop(self) -> None:
@@ -74,9 +85,22 @@ class _Owner:
             time.sleep(0.001)
 
     def _work(self) -> None:
-        while (run := self._calls.get()) is not None and not self.is_stopping:
-            run()
-            del run  # or the last call's arguments would live until the next call
+        try:
+            while (run := self._calls.get()) is not None and not self.is_stopping:
+                run()
+                del run  # or the last call's arguments would live until the next call
+        except BaseException as exc:
+            logger.critical("nothing more can be computed", exc_info=exc)
+            # The arrays belong to this thread: another one could not go on with them.
+            self.failure = f"the thread that does all MLX work has died of {describe(exc)}"
+            self._fail_when_dead()
+
+    def _fail_when_dead(self) -> None:
+        if self.failure is None:
+            return
+        for future in list(self._unanswered):
+            with contextlib.suppress(InvalidStateError):  # it has been answered meanwhile
+                future.set_exception(EngineShutdownError(DEAD))
 
 
 _current: _Owner | None = None
@@ -101,7 +125,8 @@ def submit_to_owner(
     """Queue a call of `function` in the owner thread; calls run in the order of submission.
 
     Raises:
-        EngineShutdownError: the interpreter is exiting.
+        EngineShutdownError: the interpreter is exiting, or the thread has died. The future raises
+            it when it dies before the call.
     """
     owner = _find_owner()
     return cast("Future[Result]", owner.submit(lambda: function(*args, **kwargs)))
@@ -115,6 +140,11 @@ def in_owner() -> bool:
 def is_stopping() -> bool:
     """True when the interpreter exits: long work is to end at its next step."""
     return _current is not None and _current.is_stopping
+
+
+def owner_failure() -> str | None:
+    """Why nothing can be computed any more in this process; None as long as it can."""
+    return None if _current is None else _current.failure
 
 
 def check_stopping() -> None:
@@ -134,9 +164,14 @@ def to_exception(exc: BaseException) -> Exception:
     """
     if isinstance(exc, Exception):
         return exc
-    error = EngineError(f"{type(exc).__name__}: {exc}")
+    error = EngineError(describe(exc))
     error.__cause__ = exc
     return error
+
+
+def describe(exc: BaseException) -> str:
+    """The exception's class and what it says, where it says something."""
+    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
 
 
 def _find_owner() -> _Owner:

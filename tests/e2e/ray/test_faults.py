@@ -26,7 +26,10 @@ from ray_load import Load, deployed
 @pytest.fixture(scope="module")
 def waiting(started_cluster: RayCluster, home: Path) -> Iterator[str]:
     """One replica that answers two at a time, each within 5 s; gives its URL."""
-    settings = {**started_cluster.settings(stuck_after_s=1), "max_batch_size": 2, "timeout": 5}
+    settings = {
+        **started_cluster.settings(),
+        **{"stuck_after_s": 1, "max_batch_size": 2, "timeout": 5},
+    }
     with environment(BENTOML_HOME=str(home)), deployed("waiting:1.0.0", settings) as url:
         yield url
 

@@ -40,6 +40,7 @@ GOOD: dict[str, list[Any]] = {
     "max_latency_ms": [0, 10, 1000],
     "max_resident_adapters": [None, 1, 1_000_000],
     "timeout": [1, 0.5, 86_400],
+    "stuck_after_s": [0.5, 60, 86_400],
     "host": ["127.0.0.1", "0.0.0.0", "::1", "localhost"],  # noqa: S104
     "port": [1, 3000, 65_535],
     "enable_swagger": [True, False],
@@ -74,6 +75,7 @@ BAD: dict[str, list[Any]] = {
     "max_latency_ms": [-1, 600_001, 0.5, False],
     "max_resident_adapters": [0, -1, 1_000_001, 1.0, True, "8"],
     "timeout": [0, -1, float("nan"), float("inf"), 86_401, True, "300", None],
+    "stuck_after_s": [0, -1, float("nan"), 86_401, True, None, "60"],
     "host": ["", "example.org", "1.2.3", "127.0.0.1:3000", "::1%a\n", None, 1],
     "port": [0, 65_536, "3000", True],
     "enable_swagger": NOT_A_FLAG,
@@ -143,7 +145,6 @@ RAY_GOOD: dict[str, list[Any]] = {
     "resources": [{}, {"accelerator": 0.5, "node:10.0.0.1": 2}],
     "model_source": [None, "/mnt/models", "s3://bucket/models"],
     "adapter_affinity": [True, False],
-    "stuck_after_s": [0.5, 60, 86_400],
     "max_surge_percent": [0, 25, 100],
 }
 
@@ -163,7 +164,6 @@ RAY_BAD: dict[str, list[Any]] = {
     ],
     "model_source": [*NOT_TEXT, "a\nb", "/" + "a" * 4096],
     "adapter_affinity": NOT_A_FLAG,
-    "stuck_after_s": [0, -1, float("nan"), 86_401, True, None, "60"],
     "max_surge_percent": [-1, 101, 0.5, True, None, "25"],
 }
 

@@ -70,12 +70,12 @@ def test_ray_options_are_layered_field_by_field(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         "service.toml",
-        "[ray]\nnum_gpus = 1\nroute_prefix = '/a'\nresources = {a = 1}\nstuck_after_s = 5\n",
+        "[ray]\nnum_gpus = 1\nroute_prefix = '/a'\nresources = {a = 1}\nupscale_delay_s = 5\n",
     )
     environ = {"MLOPS_RAY__ROUTE_PREFIX": "/b", "MLOPS_RAY__RESOURCES": "b=2"}
-    config = BentoMLConfig.load(file, environ, ray={"stuck_after_s": 6})
+    config = BentoMLConfig.load(file, environ, ray={"upscale_delay_s": 6})
     assert config.ray == RayOptions(
-        num_gpus=1, route_prefix="/b", resources={"b": 2}, stuck_after_s=6
+        num_gpus=1, route_prefix="/b", resources={"b": 2}, upscale_delay_s=6
     )
     whole = BentoMLConfig.load(file, environ, ray=RayOptions(num_gpus=0))
     assert whole.ray == RayOptions(num_gpus=0)

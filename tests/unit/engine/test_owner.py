@@ -72,6 +72,32 @@ def test_a_cancelled_call_does_not_run() -> None:
     assert not seen
 
 
+def test_a_thread_that_died_answers_nobody_and_keeps_nobody_waiting() -> None:
+    program = """
+import sys, threading, time
+from mlops.engine import owner_failure, submit_to_owner
+from mlops.errors import EngineShutdownError
+assert submit_to_owner(int).result() == 0 and owner_failure() is None
+dying = submit_to_owner(time.sleep, 0.2)
+before = submit_to_owner(int)
+dying.add_done_callback(lambda _: sys.exit("planted"))
+for future in (before, submit_to_owner(int)):
+    try:
+        future.result(30)
+    except EngineShutdownError as exc:
+        print(exc)
+assert "SystemExit: planted" in owner_failure()
+try:
+    submit_to_owner(int).result(30)
+except EngineShutdownError as exc:
+    print(exc)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (0, [owner.DEAD] * 3), done.stderr
+
+
 @pytest.mark.parametrize(
     "last_words",
     [

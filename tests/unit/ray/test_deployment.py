@@ -100,7 +100,7 @@ def test_settings_of_a_plan_are_checked(given: Any) -> None:
         {"http": {"log_prompts": True}},
         {"ray": {"num_gpus": 1}},
         {"ray": {"resources": {"accelerator": 1}}},
-        {"ray": {"stuck_after_s": 5}},
+        {"stuck_after_s": 5},
         {"ray": {"adapter_affinity": False}},
     ],
 )

@@ -162,6 +162,9 @@ class BentoMLConfig(CheckedFields):
         max_latency_ms: the longest that a request waits for its batch to fill; 0 is no wait.
         max_resident_adapters: adapters that one worker holds in memory; None is as many as fit.
         timeout: seconds until a request is given up and answered with 504.
+        stuck_after_s: a model that makes no step for so long, with requests to answer, is taken for
+            dead: its worker or replica is replaced. A custom model has `timeout`, where that is
+            more.
         host, port: the address to listen on.
         enable_swagger: offer BentoML's page that describes the API.
         enable_metrics: offer `/metrics`.
@@ -197,6 +200,7 @@ class BentoMLConfig(CheckedFields):
     max_latency_ms: int = 10
     max_resident_adapters: int | None = None
     timeout: float = 300
+    stuck_after_s: float = 60
     host: str = "127.0.0.1"
     port: int = 3000
     enable_swagger: bool = True
@@ -232,6 +236,7 @@ class BentoMLConfig(CheckedFields):
         "max_latency_ms": allow.whole_number(0, 600_000),
         "max_resident_adapters": allow.optional(allow.whole_number(1, 1_000_000)),
         "timeout": allow.positive_number(86_400),
+        "stuck_after_s": allow.positive_number(86_400),
         "host": allow.host(),
         "port": allow.whole_number(1, 65_535),
         "enable_swagger": allow.flag(),

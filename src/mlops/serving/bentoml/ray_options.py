@@ -26,8 +26,6 @@ class RayOptions(CheckedFields):
         model_source: a folder that all nodes see, or a URL such as s3://bucket/models. A deployment
             puts the Bento there, and nodes that lack it fetch it, once each.
         adapter_affinity: send requests for an adapter to the replica that holds it.
-        stuck_after_s: a replica whose engine makes no step for so long, with work to do, is
-            replaced.
         max_surge_percent: replicas that an update may start before it stops old ones, in percent of
             all; 0 stops old ones first.
 
@@ -43,7 +41,6 @@ class RayOptions(CheckedFields):
     resources: dict[str, float] = field(default_factory=dict)
     model_source: str | None = None
     adapter_affinity: bool = True
-    stuck_after_s: float = 60
     max_surge_percent: int = 25
 
     _rules: ClassVar[Mapping[str, Rule]] = {
@@ -62,6 +59,5 @@ class RayOptions(CheckedFields):
             allow.text("a folder, or a URL such as s3://bucket/models", max_length=4096)
         ),
         "adapter_affinity": allow.flag(),
-        "stuck_after_s": allow.positive_number(86_400),
         "max_surge_percent": allow.whole_number(0, 100),
     }

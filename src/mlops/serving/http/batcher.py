@@ -108,6 +108,7 @@ class Batcher:
         self._closed = threading.Event()
         self.num_running = 0
         self.batch_sizes: Counter[int] = Counter()
+        self.failure: str | None = None  # why no batch will ever be answered again
         self._thread = threading.Thread(target=self._work, name="mlops-batcher", daemon=True)
         self._thread.start()
 
@@ -125,7 +126,7 @@ class Batcher:
         """
         with self._changed:
             if self._closed.is_set():
-                raise EngineShutdownError("the service is stopping")
+                raise self._closed_error()
             if len(self._waiting) >= self._max_waiting:
                 self._waiting = deque(other for other in self._waiting if not other.is_over)
             if len(self._waiting) >= self._max_waiting:
@@ -146,6 +147,21 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self._answer_all()
+        except BaseException as exc:  # not a batch's: how many it may hold could not be found out
+            logger.critical("the thread that answers batches has died", exc_info=exc)
+            self.failure = f"the thread that answers batches has died of {type(exc).__name__}"
+        with self._changed:
+            self._closed.set()
+        error = self._closed_error()
+        self._deliver([(pending, error) for pending in self._waiting])
+        self._waiting.clear()
+
+    def _closed_error(self) -> EngineShutdownError:
+        return EngineShutdownError(self.failure or "the service is stopping")
+
+    def _answer_all(self) -> None:
         while batch := self._next_batch():
             self.num_running = len(batch)
             self.batch_sizes[len(batch)] += 1
@@ -154,9 +170,6 @@ class Batcher:
             took_s = time.monotonic() - started_s
             self._quiet_s = min(took_s, QUIET * self._max_latency_s)
             self.num_running = 0
-        stopping = EngineShutdownError("the service is stopping")
-        self._deliver([(pending, stopping) for pending in self._waiting])
-        self._waiting.clear()
 
     def _next_batch(self) -> list[Pending]:
         """Wait for the next batch; an empty one means that the batcher is closed."""

@@ -115,6 +115,8 @@ class Front:
     async def _working(self) -> AsyncIterator[None]:
         """What goes on beside the requests, as long as the app runs."""
         async with contextlib.AsyncExitStack() as stack:
+            watching = asyncio.create_task(self._served.host.watch())
+            stack.callback(watching.cancel)
             if self._log:
                 await stack.enter_async_context(self._log.writing())
             if self._served.metrics:

@@ -4,6 +4,9 @@
 within their time: one process of several may be ready before the others. Before `start`, after
 `stop` and when loading has failed they get 503. Then a `TextRunner` is asked at once, for its
 requests join and leave a running batch; any other runner is asked through the `Batcher`.
+
+What is loaded may break: the thread that computes dies, or hangs in one call. `check` finds out,
+and `watch` tells those who wait.
 """
 
 from __future__ import annotations
@@ -26,13 +29,24 @@ from mlops.counts import count
 from mlops.engine import to_exception
 from mlops.errors import EngineShutdownError, MLOpsError, QueueFullError, ServiceError
 from mlops.serving.http.batcher import Batcher, Pending
+from mlops.serving.http.progress import Progress
 from mlops.serving.http.several import Several
-from mlops.serving.http.waiting import Disconnected, UnderWay, shutting_down, while_wanted
+from mlops.serving.http.waiting import Disconnected, UnderWay, while_wanted
 from mlops.serving.runner.base import Generating, Prediction, Runner, TextChunk, TextRunner
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+CHECK_EVERY_S = 1.0
+"""How soon a thread that died is noticed, where nobody asks for the health."""
+
+STUCK_AFTER_S = 60.0
+"""An engine that makes no step for so long, with requests to answer, hangs. The longest steps are
+the first ones, which may compile kernels: 20 s on a slow machine."""
+
+BROKEN = "the model has stopped working and is started again: ask again later, or elsewhere"
+"""What clients are told; the reason is in `/health` and in the log."""
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """A request's fields, as the runner takes them; or those of several that are answered as one."""
@@ -64,20 +78,21 @@ class TextStream:
     ended: asyncio.Future[None]
 
     def __post_init__(self) -> None:
-        self.ended.add_done_callback(lambda _: self.generating.cancel())
+        self._reader: asyncio.Task[Any] | None = None  # while it waits for a chunk
+        self.ended.add_done_callback(self._on_end)
 
     async def chunks(self) -> AsyncIterator[TextChunk]:
         """All chunks; raises the request's error."""
         last = self.first
         if last is not None:
             yield last
-        async for chunk in self.rest:
+        while (chunk := await self._next()) is not None:
             if self._is_cut_off(chunk):
-                raise shutting_down()
+                raise self.under_way.error()
             last = chunk
             yield chunk
         if self._is_cut_off(last):
-            raise shutting_down()
+            raise self.under_way.error()
 
     async def prediction(self) -> Prediction:
         """The whole answer, once the chunks have ended."""
@@ -87,6 +102,26 @@ class TextStream:
         """End the generation, wherever it is."""
         self.under_way.end(self.ended)
         self.generating.cancel()
+
+    async def _next(self) -> TextChunk | None:
+        if self.under_way.is_hopeless:
+            raise self.under_way.error()
+        self._reader = reader = asyncio.current_task()
+        try:
+            return await anext(self.rest, None)
+        except asyncio.CancelledError:
+            if reader is None or self._reader is not None:
+                raise
+            reader.uncancel()  # it was `_on_end`
+            raise self.under_way.error() from None
+        finally:
+            self._reader = None
+
+    def _on_end(self, _: asyncio.Future[None]) -> None:
+        self.generating.cancel()
+        if self.under_way.is_hopeless and (reader := self._reader):
+            self._reader = None
+            reader.cancel()
 
     def _is_cut_off(self, last: TextChunk | None) -> bool:
         """Whether this is the last chunk because the service shuts down."""
@@ -104,8 +139,10 @@ class RunnerHost:
         max_waiting: requests that may wait before new ones get 429, for the model to load or for
             a batch.
         timeout_s: the longest a request may take, waiting included.
+        stuck_after_s: a language model that makes no step for so long, with requests to answer,
+            is broken. Any other model may take `timeout_s` for a batch where that is longer.
         complete: called with the loaded runner, in the loading thread, before requests reach it.
-        on_loaded, on_failure: told how loading ended.
+        on_loaded, on_failure: told how loading ended; without `on_failure` it is logged.
     """
 
     def __init__(
@@ -116,6 +153,7 @@ class RunnerHost:
         max_latency_ms: float = 0,
         max_waiting: int = 256,
         timeout_s: float = 300,
+        stuck_after_s: float = STUCK_AFTER_S,
         complete: Callable[[Runner], None] | None = None,
         on_loaded: Callable[[], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
@@ -132,17 +170,24 @@ class RunnerHost:
         self._num_waiting_for_model = 0
         self._status = Status.STOPPED
         self.timeout_s = timeout_s
+        self.stuck_after_s = stuck_after_s
+        self.on_broken: Callable[[], None] | None = None  # called in the event loop
         self.runner: Runner | None = None
         # Once the model is loaded, requests go to one of these.
         self.text_runner: TextRunner | None = None
         self.batcher: Batcher | None = None
         self.failure: Exception | None = None
+        self.is_broken = False  # it was loaded, and will never answer again: only a restart helps
+        self._progress = Progress()
+        self._check_has_failed = False
         self._under_way = UnderWay()
         self.is_draining = False  # new clients should go elsewhere: `/readyz` says so
 
     @property
     def status(self) -> Status:
-        """Healthy only while the model is loaded."""
+        """Healthy only while the model is loaded and not known to be broken."""
+        if self.is_broken and self._status is not Status.STOPPED:
+            return Status.UNHEALTHY
         if self._status is Status.HEALTHY and not (self.runner and self.runner.is_loaded):
             return Status.UNHEALTHY
         return self._status
@@ -160,6 +205,8 @@ class RunnerHost:
                 return
             self._status = Status.LOADING
             self.failure = None
+            self.is_broken = False
+            self._progress = Progress()
             self._under_way = UnderWay()
             self.is_draining = False
             self._loading_ended = _running_future()
@@ -172,17 +219,76 @@ class RunnerHost:
         """
         self._under_way.end_all()
 
-    def stop(self) -> None:
-        """Refuse what waits, end what runs, unload. Does nothing when stopped."""
+    def check(self) -> None:
+        """Look whether what is loaded still works, and remember it when it does not."""
+        if self._status is not Status.HEALTHY or self.is_broken:
+            return
+        try:
+            reason = self._reason_broken()
+            self._check_has_failed = False
+        except Exception:  # a runner's own code: the next time it may work
+            if not self._check_has_failed:
+                logger.exception("the runner's health could not be checked")
+            self._check_has_failed = True
+            return
+        if reason is not None:
+            self._break(reason)
+
+    async def watch(self) -> None:
+        """Check every second; when the model has broken, end all requests and return."""
+        while not self.is_broken:
+            await asyncio.sleep(CHECK_EVERY_S)
+            self.check()
+        self._under_way.end_all(BROKEN, is_hopeless=True)
+        if self.on_broken:
+            self.on_broken()
+
+    def _reason_broken(self) -> str | None:
+        runner, batcher = self.runner, self.batcher
+        fatal = getattr(runner, "fatal_error", None) or (batcher and batcher.failure)
+        if isinstance(fatal, str):
+            return fatal
+        still_s = self._progress.still_s(self.text_runner, batcher)
+        patience_s = self.stuck_after_s
+        if self.text_runner is None:  # one batch of a custom model may take a request's whole time
+            patience_s = max(patience_s, self.timeout_s)
+        if still_s > patience_s:
+            return f"the model has made no step for {still_s:.0f} s, with requests to answer"
+        return None
+
+    def _break(self, reason: str) -> None:
+        self.failure = ServiceError(f"{reason}: only a restart helps", "serve")
+        self.is_broken = True
+        logger.error("%s", self.failure)
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Refuse what waits, end what runs, unload. Does nothing when stopped.
+
+        Args:
+            timeout_s: a model that takes longer to unload is left as it is, and is broken. One that
+                is known to be broken is always left.
+        """
         with self._lock:
             self._status = Status.STOPPED
             runner, batcher = self.runner, self.batcher
             self.runner = self.text_runner = self.batcher = None
             self._end_loading()
-        if batcher:
-            batcher.close()
-        if runner:
-            runner.unload_model()
+        if self.is_broken:
+            return
+
+        def unload() -> None:
+            if batcher:
+                batcher.close()
+            if runner:
+                runner.unload_model()
+
+        unloaded = _in_a_thread(unload)
+        try:
+            unloaded.result(timeout_s)
+        except TimeoutError:
+            if unloaded.done():  # the runner's own
+                raise
+            self._break(f"the model did not unload within {timeout_s:g} s")
 
     def _load(self) -> None:
         started = time.monotonic()
@@ -220,10 +326,10 @@ class RunnerHost:
             self._status = Status.UNHEALTHY
             self.failure = exc
             self._end_loading()
-        expected = isinstance(exc, MLOpsError)  # its message says all
-        logger.error("the model could not be loaded: %s", exc, exc_info=None if expected else exc)
         if self._on_failure:
             self._on_failure(exc)
+        else:
+            log_load_failure(exc)
 
     async def predict(
         self,
@@ -362,6 +468,8 @@ class RunnerHost:
             raise self._not_ready()
 
     def _not_ready(self) -> EngineShutdownError:
+        if self.is_broken:
+            return EngineShutdownError(BROKEN)
         return EngineShutdownError(f"the model is not ready: the service is {self.status.value}")
 
     def _end_loading(self) -> None:
@@ -403,6 +511,28 @@ def _text_runner(runner: Runner) -> TextRunner | None:
             "load_model",
         )
     return runner
+
+
+def log_load_failure(exc: Exception) -> None:
+    """With its traceback, unless its message says all."""
+    expected = isinstance(exc, MLOpsError)
+    logger.error("the model could not be loaded: %s", exc, exc_info=None if expected else exc)
+
+
+def _in_a_thread(work: Callable[[], None]) -> Future[None]:
+    """What becomes of `work` in a thread that the process's end does not wait for."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as exc:
+            future.set_exception(exc)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="mlops-unload", daemon=True).start()
+    return future
 
 
 def _running_future() -> Future[None]:

@@ -35,17 +35,22 @@ class Monitoring:
         self._facts: Mapping[str, Any] | None = None
 
     async def get_livez(self, _: Request) -> Response:
-        """The process answers."""
-        return PlainTextResponse("\n")
+        """The process answers, and no restart is needed before it can do more than that."""
+        host = self._served.host
+        host.check()
+        return PlainTextResponse("\n", 503 if host.is_broken else 200)
 
     async def get_readyz(self, _: Request) -> Response:
         """Requests are welcome."""
         host = self._served.host
+        host.check()
         is_ready = host.status is Status.HEALTHY and not host.is_draining
         return PlainTextResponse("\n", 200 if is_ready else 503)
 
     async def get_health(self, _: Request) -> Response:
-        served, status = self._served, self._served.host.status
+        served = self._served
+        served.host.check()
+        status = served.host.status
         memory = await self._memory()
         body = {
             "status": status.value,

@@ -26,11 +26,16 @@ def disconnection(receive: Callable[[], Awaitable[Any]]) -> Disconnected:
     return disconnected
 
 
+SHUTTING_DOWN = "the service is shutting down: ask again elsewhere or later"
+
+
 class UnderWay:
     """The requests that are being answered: they can be ended together. For one event loop."""
 
     def __init__(self) -> None:
         self.is_over = False
+        self.is_hopeless = False  # what computes them is dead: to cancel them ends nothing
+        self._reason = SHUTTING_DOWN
         self._ends: set[asyncio.Future[None]] = set()
 
     def begin(self) -> asyncio.Future[None]:
@@ -40,7 +45,7 @@ class UnderWay:
             EngineShutdownError: all of them have been ended.
         """
         if self.is_over:
-            raise shutting_down()
+            raise self.error()
         ended = asyncio.get_running_loop().create_future()
         self._ends.add(ended)
         return ended
@@ -50,17 +55,17 @@ class UnderWay:
         self._ends.discard(ended)
         ended.cancel()
 
-    def end_all(self) -> None:
-        """End those there are, and refuse those that come."""
-        self.is_over = True
+    def end_all(self, reason: str = SHUTTING_DOWN, *, is_hopeless: bool = False) -> None:
+        """End those there are, and refuse those that come; `reason` is what they are told."""
+        if is_hopeless or not self.is_over:  # the first reason, or the stronger one
+            self.is_over, self.is_hopeless, self._reason = True, is_hopeless, reason
         for ended in self._ends:
             if not ended.done():
                 ended.set_result(None)
 
-
-def shutting_down() -> EngineShutdownError:
-    """What a request gets that is ended for the service's sake."""
-    return EngineShutdownError("the service is shutting down: ask again elsewhere or later")
+    def error(self) -> EngineShutdownError:
+        """What a request gets that is ended for the service's sake."""
+        return EngineShutdownError(self._reason)
 
 
 async def while_wanted(
@@ -101,8 +106,8 @@ async def while_wanted(
             give_up(ClientDisconnect())
 
     def is_ended(ended: asyncio.Future[None]) -> None:
-        if not ended.cancelled():
-            give_up(shutting_down())
+        if under_way and not ended.cancelled():
+            give_up(under_way.error())
 
     def is_late() -> None:
         give_up(DeadlineExceededError(f"no answer within {round(allowed_s, 2):g} s"))

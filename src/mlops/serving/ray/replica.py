@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlops.errors import DeploymentError
-from mlops.serving.http import RunnerHost, Served, Status
+from mlops.serving.http import Served, Status
 from mlops.serving.http.limits import Limits
 from mlops.serving.ray import handover
 from mlops.serving.ray.affinity import owners_of
@@ -58,7 +57,6 @@ class ModelReplica:
         _log_where_ray_logs()
         await asyncio.to_thread(self._plan.fetch)
         self._app, self._served = self._load()
-        self._progress = Progress()
         self._added: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         _built.append(_WithoutRequestId(self._app))
@@ -133,22 +131,15 @@ class ModelReplica:
         """Called by Ray every few seconds; what it raises has the replica replaced.
 
         Raises:
-            DeploymentError: the model is gone, or its engine stands still.
+            DeploymentError: the model is gone, or what computes is dead or stands still.
         """
         if self._served is None:
             return
         host = self._served.host
+        host.check()
         if host.status not in {Status.HEALTHY, Status.LOADING}:
-            raise DeploymentError(f"the model is {host.status.value}", "check_health")
-        still_s = self._progress.still_s(host)
-        patience_s = self.settings.ray.stuck_after_s
-        if host.text_runner is None:  # one batch of a custom model may take a request's whole time
-            patience_s = max(patience_s, self.settings.timeout)
-        if still_s > patience_s:
-            raise DeploymentError(
-                f"the engine has made no step for {still_s:.0f} s, with requests to answer",
-                "check_health",
-            )
+            told = f": {host.failure}" if host.failure else ""
+            raise DeploymentError(f"the model is {host.status.value}{told}", "check_health")
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take over adapters and limits; called by Ray at the start and when they change.
@@ -232,40 +223,6 @@ class _WithoutRequestId:
             await send(message)
 
         await self.app(scope, receive, send_on if scope["type"] == "http" else send)
-
-
-class Progress:
-    """Notices an engine, or a batch, that stands still although it has requests."""
-
-    def __init__(self) -> None:
-        self._seen: Any = None
-        self._since_s = time.monotonic()
-
-    def still_s(self, host: RunnerHost) -> float:
-        """How long nothing has moved; 0 while there is nothing to do."""
-        has_work, state = _state_of(host)
-        now = time.monotonic()
-        if not has_work or state != self._seen:
-            self._seen, self._since_s = state, now
-        return now - self._since_s
-
-
-def _state_of(host: RunnerHost) -> tuple[bool, Any]:
-    """Whether there is something to do, and what changes as it is done."""
-    if (runner := host.text_runner) is not None:
-        engine = runner.statistics()
-        # Not what was submitted: that goes on while nothing is done.
-        moving = [engine.get("steps"), engine.get("tokens")]
-        moving.append(engine.get("requests", {}).get("finished"))
-        moving += [engine.get("resident_adapters", {}).get(one) for one in ("loads", "failed")]
-        embeddings = dict(engine.get("embeddings") or {})
-        embedding = embeddings.pop("running", 0)
-        moving.append(embeddings)
-        has_work = engine.get("running") or engine.get("waiting") or embedding
-        return bool(has_work), repr(moving)
-    if (batcher := host.batcher) is not None:
-        return bool(batcher.num_running), sum(batcher.batch_sizes.values())
-    return False, None
 
 
 def _app_alone(served: Served) -> ASGIApp:

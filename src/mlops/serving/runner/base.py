@@ -83,7 +83,11 @@ class Generating(Protocol):
 
 @runtime_checkable
 class Runner(Protocol):
-    """One loaded model. Methods may be called from any thread."""
+    """One loaded model. Methods may be called from any thread.
+
+    A runner that can tell that it will never answer again has a `fatal_error` besides, of type
+    `str | None`: while it is a text, `/health` says so and the process is restarted.
+    """
 
     @property
     def is_loaded(self) -> bool:

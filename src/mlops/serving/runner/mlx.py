@@ -112,6 +112,11 @@ class MLXModelRunner:
         return bool(self._held)
 
     @property
+    def fatal_error(self) -> str | None:
+        """Why nothing will be computed any more in this process; None as long as it can be."""
+        return engine.owner_failure()
+
+    @property
     def model(self) -> Any:
         """What `_load_mlx_model` returned: an `engine.LoadedModel`, or a custom runner's model.
 
@@ -312,7 +317,13 @@ class MLXModelRunner:
         }
 
     def unload_model(self) -> None:
-        """Let requests under way finish and give the memory back. Nothing when none is loaded."""
+        """Let requests under way finish and give the memory back. Nothing when none is loaded.
+
+        Raises:
+            EngineShutdownError: the thread that could do it has died.
+        """
+        if self._held and (reason := self.fatal_error):
+            raise EngineShutdownError(f"{reason}: the model cannot be unloaded")
         for running in list(self._held)[1:]:
             running.close(drain_s=DRAIN_S)
         engine.run_in_owner(_release, self._held)
@@ -720,7 +731,7 @@ def _release(held: list[Any]) -> None:
 
 
 def _release_later(held: list[Any]) -> None:
-    if held:
+    if held and engine.owner_failure() is None:
         engine.submit_to_owner(_release, held)
 
 

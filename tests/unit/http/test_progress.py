@@ -1,4 +1,4 @@
-"""When a replica's engine counts as standing still."""
+"""When an engine counts as standing still."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mlops.engine.statistics import EngineStatistics
-from mlops.serving.http import RunnerHost
+from mlops.serving.http import RunnerHost, progress
 from mlops.serving.http.batcher import Batcher, Pending
-from mlops.serving.ray.replica import Progress
+from mlops.serving.http.progress import Progress
 
 PAUSE_S = 0.01
 
@@ -55,7 +55,7 @@ class Watched:
     progress: Progress = field(default_factory=Progress)
 
     def still_s(self) -> float:
-        return self.progress.still_s(self.host)
+        return self.progress.still_s(self.host.text_runner, self.host.batcher)
 
     def stands_still(self, meanwhile: Callable[[], Any] = lambda: None) -> bool:
         """Whether nothing moved in a time in which that happened."""
@@ -130,6 +130,34 @@ def test_what_is_asked_for_is_no_progress() -> None:
     watched.still_s()
     for _ in range(3):
         assert watched.stands_still(another)
+
+
+def test_a_process_that_was_stopped_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(host_of(Engine(now={"running": 1})))
+    watched.still_s()
+    later_s = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: later_s)
+    assert watched.still_s() <= progress.MAX_GAP_S
+
+
+def test_an_adapter_whose_files_are_hashed_is_waited_for() -> None:
+    engine = Engine(now={"waiting": 1, "resident_adapters": {"loading": 1}, "turns": 0})
+    watched = Watched(host_of(engine))
+    watched.still_s()
+
+    def look() -> None:
+        engine.now["turns"] += 1
+
+    for _ in range(3):
+        assert not watched.stands_still(look)
+    assert watched.stands_still()  # the thread that should look hangs
+
+
+def test_to_look_is_no_progress_without_one() -> None:
+    engine = Engine(now={"waiting": 1, "resident_adapters": {"loading": 0}, "turns": 0})
+    watched = Watched(host_of(engine))
+    watched.still_s()
+    assert watched.stands_still(lambda: engine.now.update(turns=1))
 
 
 def test_time_without_work_does_not_count() -> None:
