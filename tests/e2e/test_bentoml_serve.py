@@ -233,7 +233,10 @@ def test_it_ends_when_asked_and_leaves_nothing(folder: Path, ending: int) -> Non
 
 @pytest.mark.parametrize(
     ("loading", "words"),
-    [("fails", "not for this model: package it again"), ("dies", "died while loading")],
+    [
+        ("fails", "not for this model: package it again"),
+        ("dies", "3 workers in a row ended before they were ready, and the last one ended with"),
+    ],
 )
 def test_a_model_that_cannot_be_loaded_ends_the_server(
     folder: Path, loading: str, words: str
@@ -243,8 +246,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(
         assert server.wait() == 1
         errors = server.errors.read_text()
         assert errors.count("Error:") == 1
+        assert server.told().count(words) == 1
         assert words in errors
         assert "Traceback" not in errors
+        logged = (folder / loading / "mlops" / "logs" / "my_service.log").read_text()
+        assert logged.count(words) == 1
         assert server.left_over() == []
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from mlops.hardware.home import expand
+
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -25,7 +27,7 @@ def adapters_by_name(given: Iterable[str]) -> dict[str, str | Path]:
     for name, place in pairs(given, "--adapter", "NAME=PATH").items():
         if not place:
             raise typer.BadParameter(f"--adapter {name}= names no folder, tag or hub id")
-        path = Path(place).expanduser()
+        path = expand(place)
         adapters[name] = path.resolve() if path.exists() else place
     return adapters
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mlops.cli.arguments import adapters_by_name, examples
+from mlops.hardware.home import expand
 
 EPILOG = examples(
     "mlops serve helpdesk:1.0.0 --port 3000",
@@ -67,6 +68,9 @@ def serve(
     """Serve a Bento, a service or a model over HTTP."""
     import tempfile
 
+    from mlops.registry import ModelStore
+
+    ModelStore()  # or what asks BentoML for a Bento would end with a traceback
     _hand_on(adapters_by_name(adapter or []), config, api_key_file, max_batch_size)
     options = [
         *(["--port", str(port)] if port is not None else []),
@@ -113,14 +117,14 @@ def _hand_on(
     if http := settings.get("http"):
         for name in {"api_key_file", "adapter_folder"} & set(http):
             # The service runs in another folder.
-            http[name] = http[name] and str(Path(http[name]).expanduser().absolute())
+            http[name] = http[name] and str(expand(http[name]).absolute())
     places = {name: str(place) for name, place in adapters.items()}
     ServeOptions(names, settings, places).hand_on()
 
 
 def is_service(target: str) -> bool:
     """True for what `bentoml serve` takes as it is; False for a model."""
-    path = Path(target).expanduser()
+    path = expand(target)
     if path.exists():
         return path.suffix == ".py" or any((path / name).is_file() for name in _SERVICE_FILES)
     return _is_bento(target) or _is_importable(target)
@@ -153,7 +157,7 @@ def _is_importable(target: str) -> bool:
 
 def _service_of(model: str) -> str:
     """The source of a service for a model, named after it."""
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.exists():
         model = str(path.resolve())
         name = path.resolve().name

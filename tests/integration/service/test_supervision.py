@@ -1,59 +1,147 @@
-"""What the command counts as a worker that cannot load, and what it tells its workers."""
+"""What the command makes of its workers' deaths, and what it tells them."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import bentoml
 import pytest
 
+from mlops.errors import ServiceError
 from mlops.hardware import detect
 from mlops.serving.bentoml import commands, supervision
 from mlops.serving.bentoml.service import create_bentoml_service
 from mlops.serving.runner import MLXModelRunner
 
-BEGINS_AND_ENDS = """
-import bentoml, sys
+READY = """
+import sys
 from mlops.serving.bentoml import supervision
-@bentoml.service
-class Tiny: ...
-begins = supervision.begin_loading(Tiny)
-if "asked" in sys.argv:
-    supervision.end_loading()
-sys.exit(0 if begins else 5)
+supervision.note_ready()
 """
+KILLED = -signal.SIGKILL
 
 
-def worker(*arguments: str) -> int:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BEGINS_AND_ENDS, *arguments], check=False
-    ).returncode
+@dataclass
+class Command:
+    """The command's side, and workers that are started and reaped by hand."""
+
+    deaths: supervision.Deaths
+    folder: Path
+
+    def ready_worker(self) -> int:
+        """A worker that says that it is ready; its process id."""
+        with subprocess.Popen([sys.executable, "-W", "ignore", "-c", READY]) as worker:
+            assert worker.wait() == 0
+        return worker.pid
+
+    def dies(self, process_id: int, status: int, service: str = "service") -> bool:
+        return self.deaths.on_death(service, process_id, status, is_last=False)
 
 
-def test_deaths_count_until_a_worker_loads_or_is_asked_to_stop(bentoml_home: Path) -> None:
-    with supervision.supervised():
-        folder = Path(os.environ[supervision.FOLDER_VARIABLE])
-        assert [worker(), worker()] == [0, 0]
-        assert len(list(folder.iterdir())) == 2
-        assert worker("asked") == 0
-        assert not list(folder.iterdir())
-        assert [worker("asked") for _ in range(4)] == [0] * 4
+@contextlib.contextmanager
+def command() -> Iterator[Command]:
+    with supervision.supervised(ours={"service"}) as deaths:
+        yield Command(deaths, Path(os.environ[supervision.FOLDER_VARIABLE]))
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (
+            KILLED,
+            "3 workers in a row .* the last one killed by SIGKILL, most likely for want of mem",
+        ),
+        (3, "3 workers in a row .* the last one ended with status 3: what it printed says why"),
+        (-signal.SIGSEGV, "the last one was killed by SIGSEGV"),
+        (0, "the last one ended with status 0"),
+    ],
+)
+def test_workers_that_die_before_they_are_ready_end_the_command(status: int, reason: str) -> None:
+    with pytest.raises(ServiceError, match=reason), command() as one:
+        assert [one.dies(process_id, status) for process_id in (1, 2, 3)] == [False, False, True]
+
+
+def test_the_last_ones_exception_is_told() -> None:
+    with (
+        pytest.raises(ServiceError, match="the last with PermissionError: no place"),
+        command() as one,
+    ):
+        with pytest.raises(PermissionError), supervision.noting_failures():
+            raise PermissionError("no place")
+        assert [one.dies(process_id, 3) for process_id in (1, 2, os.getpid())][-1]
+
+
+def test_deaths_count_until_another_worker_is_ready() -> None:
+    with command() as one:
+        assert not any(one.dies(process_id, KILLED) for process_id in (1, 2))
+        ready = one.ready_worker()
+        assert not any(one.dies(process_id, KILLED) for process_id in (3, 4))
+        assert not one.dies(ready, 1)  # it was ready, and broke later
+        assert [path.name for path in one.folder.iterdir()] == []
+        assert one.dies(5, KILLED)
+        (one.folder / "reason").unlink()
+
+
+def test_who_was_asked_to_end_or_is_none_of_ours_does_not_count() -> None:
+    with command() as one:
+        for status in (-signal.SIGTERM, -signal.SIGINT):
+            assert not any(one.dies(process_id, status) for process_id in range(1, 9))
+        assert not any(one.dies(process_id, 1, "service_other") for process_id in range(1, 9))
+
+
+def test_a_worker_that_nobody_replaces_ends_the_command() -> None:
+    reason = "worker 7 was killed by SIGKILL .out of memory"
+    with pytest.raises(ServiceError, match=reason), supervision.supervised() as deaths:
+        assert deaths.on_death("service", 7, KILLED, is_last=True)
+        raise RuntimeError("No active process found for watcher.")  # as circus then does
+
+
+def test_deaths_are_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with command() as one:
+        one.dies(1, KILLED)
+        one.dies(2, -signal.SIGTERM)
+        one.dies(one.ready_worker(), 0)
+        one.dies(3, 1)
+    assert caplog.messages == [
+        "worker 1 was killed by SIGKILL (out of memory?)",
+        "worker 3 ended with status 1",
+    ]
 
 
 def test_a_service_that_is_asked_to_stop_has_not_died(
     bentoml_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(supervision.FOLDER_VARIABLE, str(tmp_path))
-    (tmp_path / str(os.getpid())).touch()
     service = create_bentoml_service(tmp_path, runner_class=MLXModelRunner)
     instance = service.inner.__new__(service.inner)
-    import asyncio
-
     asyncio.run(instance.stop())
-    assert not (tmp_path / str(os.getpid())).exists()
+    assert (tmp_path / f"ready-{os.getpid()}").exists()
+
+
+def test_the_reason_of_a_failed_load_is_told_by_the_command_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = ServiceError("the weights are damaged", "load_model")
+    with pytest.raises(ServiceError, match="the weights are damaged"), command():
+        supervision.report_failure(failure)
+        supervision.report_failure(ServiceError("another worker's", "load_model"))
+    assert caplog.messages == []
+    supervision.report_failure(failure)  # under any other server
+    assert caplog.messages == ["the model could not be loaded: the weights are damaged"]
+
+
+def test_without_a_temporary_folder_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    with pytest.raises(ServiceError, match="set TMPDIR"), supervision.supervised():
+        pass
 
 
 @bentoml.service(workers=3)

@@ -48,6 +48,8 @@ def _with_workers(original: click.Command) -> click.Command:
 
 def _around(run: Callable[..., None]) -> Callable[..., None]:
     def serve(workers: int | None, **options: Any) -> None:
+        from mlops.registry import ModelStore
+        from mlops.serving.bentoml import logs
         from mlops.serving.bentoml.reloading import reloading
         from mlops.serving.bentoml.serve_options import ServeOptions
         from mlops.serving.bentoml.shutdown import signals_watched
@@ -55,6 +57,7 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
         from mlops.serving.bentoml.supervision import supervised
 
         try:
+            ModelStore()  # BentoML would end with a traceback where it cannot be opened
             users_own = _chosen_threads()
             # Imported here first so that a mistake in it is told at once.
             target, sources = (options["bento"], options["working_dir"]), None
@@ -70,17 +73,19 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
             _check_keys(service, options["host"])
             workers = workers or _configured_workers(service)
             _check_workers(service, workers)
+            ours = _ours(service)
             environment = _thread_environment(service, workers, users_own)
             with (
-                supervised(workers, environment),
-                signals_watched() as ending,
+                logs.of_command(service) if ours else contextlib.nullcontext(),
+                supervised(workers, environment, ours) as deaths,
+                signals_watched(deaths.on_death) as ending,
                 reloading(*target, sources, ending) if sources else contextlib.nullcontext(),
             ):
                 run(**options)
         except MLOpsError as exc:
             raise click.ClickException(str(exc)) from exc
         except OSError as exc:
-            if exc.errno not in _ADDRESS_ERRORS:
+            if exc.filename is not None or exc.errno not in _ADDRESS_ERRORS:
                 raise
             from bentoml._internal.configuration.containers import BentoMLContainer
 
@@ -90,6 +95,16 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
             ) from exc
 
     return serve
+
+
+def _ours(service: Any) -> set[str]:
+    """circus's names of those services, of a composition, that are made by this toolkit."""
+    services = service.all_services(exclude_urls=True).values()
+    return {
+        "service" if one is service else f"service_{one.name}"
+        for one in services
+        if hasattr(one, "served_model")
+    }
 
 
 def _override(service_name: str, settings: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 All workers of a service append to one file, `$BENTOML_HOME/mlops/logs/<service>.log`. It is
 bounded: at `MAX_BYTES` it becomes `<service>.log.1`, which replaces the one before. Each line names
 the service or Bento that wrote it. Lines are text, or JSON objects where the operator wants that.
+A service that cannot write the file serves without it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlops.errors import ServiceError
+from mlops.errors import MLOpsError, ServiceError
 from mlops.serving.bentoml.http_options import HTTPOptions, LogFormat
 
 if TYPE_CHECKING:
     from bentoml import Service
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 8 * 1024 * 1024
 
@@ -46,6 +49,15 @@ class _SharedLog(WatchedFileHandler):
     _looked_s = -_LOOK_S
     _num_written = 0
     _is_failing = False
+
+    def try_open(self) -> OSError | None:
+        """Open the file; why that fails, if it does, which is then not said again."""
+        try:
+            self.stream = self._open()
+        except OSError as exc:
+            self._is_failing = True
+            return exc
+        return None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -161,19 +173,47 @@ def configure(service: Service[Any]) -> None:
 
 
 def attach(service: Service[Any]) -> None:
-    """Let what this process logs also go to the service's log."""
+    """Let what this worker logs also go to the service's log."""
+    handler = _make_handler(service)
+    handler.try_open()  # where it fails, the command has said so
+    logging.getLogger("mlops").setLevel(logging.INFO)
+    root, bentoml = logging.getLogger(), logging.getLogger("bentoml")
+    for one in (root,) if bentoml.propagate else (root, bentoml):
+        if not any(isinstance(other, _SharedLog) for other in one.handlers):
+            one.addHandler(handler)
+
+
+@contextlib.contextmanager
+def of_command(service: Service[Any]) -> Iterator[None]:
+    """In this block what the command logs also goes to the service's log.
+
+    What the block fails with goes there alone: the command line prints it.
+    """
+    logger.disabled = False  # BentoML has silenced those that it does not know
+    handler = _make_handler(service)
+    if exc := handler.try_open():
+        logger.warning("nothing is kept for `bentoml logs`: %s", exc)
+    ours = logging.getLogger("mlops")
+    ours.addHandler(handler)
+    try:
+        yield
+    except MLOpsError as exc:
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, str(exc), (), None))
+        raise
+    finally:
+        ours.removeHandler(handler)
+        handler.close()
+
+
+def _make_handler(service: Service[Any]) -> _SharedLog:
     path = path_of(service.name)
-    tag = _tag_of(service)
     handler = _SharedLog(path, encoding="utf-8", delay=True, errors="backslashreplace")
+    tag = _tag_of(service)
     text = f"%(asctime)s %(levelname)s [{tag}] %(process)d %(name)s: %(message)s"
     handler.setFormatter(
         _JSONLines(tag) if _wants_json(service) else _OneLine(text, "%Y-%m-%dT%H:%M:%S%z")
     )
-    logging.getLogger("mlops").setLevel(logging.INFO)
-    root, bentoml = logging.getLogger(), logging.getLogger("bentoml")
-    for logger in (root,) if bentoml.propagate else (root, bentoml):
-        if not any(isinstance(other, _SharedLog) for other in logger.handlers):
-            logger.addHandler(handler)
+    return handler
 
 
 def _wants_json(service: Service[Any]) -> bool:
@@ -214,13 +254,17 @@ def read(tag: str, num_lines: int | None = None) -> list[str]:
             version, only what the Bento of that version logged.
 
     Raises:
-        ServiceError: the service has no log.
+        ServiceError: the service has no log, or it cannot be read.
     """
     path, wanted = _log_of(tag)
     lines: list[str] = []
     for file in (previous(path), path):
-        if file.exists():
+        try:
             lines += file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            raise ServiceError(f"the log of {tag!r} cannot be read: {exc}", "logs") from exc
     chosen = list(_of_tag(lines, wanted))
     return chosen if num_lines is None else chosen[max(0, len(chosen) - num_lines) :]
 

@@ -143,7 +143,7 @@ class _Reloader:
 
 
 async def _restart_workers(arbiter: Any, is_done: threading.Event) -> None:
-    from circus.exc import ConflictError  # type: ignore[import-untyped]
+    from circus.exc import ConflictError
 
     while True:
         try:

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlops.engine import EngineConfig
 from mlops.errors import ConfigError, MLOpsError, ServiceError
+from mlops.hardware.home import expand
 from mlops.serving.bentoml import supervision
 from mlops.serving.bentoml.config import BentoMLConfig, ModelFramework
 from mlops.serving.bentoml.serve_options import ServeOptions
@@ -136,8 +137,9 @@ def make_served_model(
         max_latency_ms=settings.max_latency_ms,
         max_waiting=WAITING_PER_BATCH * settings.max_batch_size,
         timeout_s=settings.timeout,
+        stuck_after_s=settings.stuck_after_s,
         complete=kept.load_again if kept else None,
-        on_loaded=supervision.end_loading,
+        on_loaded=supervision.note_ready,
         on_failure=supervision.report_failure,
     )
     recipe = {"model_path": place, "model_type": kind, **given}
@@ -215,7 +217,7 @@ def _find(model: str) -> str | None:
     from mlops.registry import ModelStore
     from mlops.registry.references import is_hub_id, split_reference
 
-    if Path(model).expanduser().exists():
+    if expand(model).exists():
         return None
     if reference := split_reference(model):
         try:
@@ -233,13 +235,13 @@ def _find(model: str) -> str | None:
 
 def _absolute(model: str) -> str:
     """A path as it is from any working directory; BentoML's workers change theirs."""
-    path = Path(model).expanduser()
+    path = expand(model)
     return str(path.resolve()) if path.exists() else model
 
 
 def _from_here(path: str | None) -> str | None:
     """A path that need not exist yet, as it is from any working directory."""
-    return path and str(Path(path).expanduser().absolute())
+    return path and str(expand(path).absolute())
 
 
 def _model_type(
@@ -267,7 +269,7 @@ def _is_adapter(model: str, tag: str | None) -> bool:
         from mlops.registry import ModelStore
 
         return bool(ModelStore().get(tag).manifest.base_tag)
-    return (Path(model).expanduser() / "adapter_config.json").is_file()
+    return (expand(model) / "adapter_config.json").is_file()
 
 
 def _runner_class(model_type: str, settings: BentoMLConfig) -> Callable[..., Runner]:

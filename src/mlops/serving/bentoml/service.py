@@ -132,7 +132,7 @@ def _bentoml_service(model: ServedModel) -> Service[Any]:
             served.version = self.bento.tag.version if self.bento else None
             try:
                 model.read_http_settings()
-            except ConfigError as exc:  # the keys; BentoML would start the worker for ever
+            except ConfigError as exc:  # the keys
                 supervision.report_failure(exc)
                 raise
             app = _behind_ours(served, super().to_asgi(is_main), self.middlewares)
@@ -142,8 +142,9 @@ def _bentoml_service(model: ServedModel) -> Service[Any]:
         """What BentoML runs in each worker."""
 
         def __init__(self) -> None:
-            if supervision.begin_loading(service):
-                host.start()
+            if supervision.is_supervised():
+                logs.attach(service)
+            host.start()
 
         @bentoml.api  # type: ignore[untyped-decorator]
         async def predict(  # noqa: PLR0917 - BentoML's client may pass them by position
@@ -184,8 +185,8 @@ def _bentoml_service(model: ServedModel) -> Service[Any]:
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def stop(self) -> None:
-            supervision.end_loading()
-            await asyncio.to_thread(host.stop)
+            supervision.note_ready()  # it was asked to stop: it has not died
+            await asyncio.to_thread(host.stop, shutdown.UNLOAD_S)
 
     Instance.__name__ = Instance.__qualname__ = settings.service_name
     service: Service[Any] = bentoml.service(

@@ -3,8 +3,9 @@
     SIGTERM -> /readyz says no -> `shutdown_delay` -> no new connections -> what runs finishes
             -> `shutdown_timeout` -> what is left gets an error -> the process ends, with status 0
 
-SIGINT (Ctrl-C), and a second SIGTERM, skip to the error. This holds for a worker alone, for the
-command with all of its workers, and for the process group: a worker may get the same signal twice.
+SIGINT (Ctrl-C), and a second SIGTERM, skip to the error; so does a model that has broken, and then
+the status is 1. This holds for a worker alone, for the command with all of its workers, and for the
+process group: a worker may get the same signal twice.
 uvicorn's server is found by the signal handler that it has installed, and told through attributes
 that are there for it; the same goes for the command's arbiter. Under any other server nothing
 happens here.
@@ -13,17 +14,19 @@ happens here.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import faulthandler
 import logging
 import math
 import os
 import signal
+import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mlops.serving.bentoml.supervision import is_supervised
+from mlops.serving.bentoml import supervision
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,6 +43,12 @@ LAST_WORDS_S = 3.0
 EXIT_S = 10.0
 """For a process whose requests are over; one that hangs then is ended with its stacks printed."""
 
+UNLOAD_S = 5.0
+"""For a model whose requests are over."""
+
+OnDeath = Callable[..., bool]
+"""As `supervision.Deaths.on_death`."""
+
 _LISTENER = "_bento_api_server"  # BentoML's name of the socket that clients connect to
 
 
@@ -49,19 +58,24 @@ def ending_well(app: Starlette, host: RunnerHost, options: HTTPOptions) -> Starl
 
     @contextlib.asynccontextmanager
     async def around(scope: Any) -> AsyncIterator[Any]:
-        async with lifespan(scope) as state, _ending(host, options):
+        server = _running_server()
+        async with contextlib.AsyncExitStack() as stack:
+            with supervision.noting_failures():
+                state = await stack.enter_async_context(lifespan(scope))
+            if server is not None:
+                await stack.enter_async_context(_ending(server, host, options))
             yield state
+        if server is not None and host.is_broken:  # it did not unload
+            atexit.register(_leave_at_once)
 
     app.router.lifespan_context = around
     return app
 
 
 @contextlib.asynccontextmanager
-async def _ending(host: RunnerHost, options: HTTPOptions) -> AsyncIterator[None]:
-    server = _running_server()
-    if server is None:
-        yield
-        return
+async def _ending(
+    server: uvicorn.Server, host: RunnerHost, options: HTTPOptions
+) -> AsyncIterator[None]:
     from mlops.serving.bentoml.connections import watched
 
     given = server.config.timeout_graceful_shutdown  # the command line's
@@ -73,6 +87,7 @@ async def _ending(host: RunnerHost, options: HTTPOptions) -> AsyncIterator[None]
     )
     async with watched(server, host):
         ending.install()
+        host.on_broken = ending.on_broken
         try:
             yield
         finally:
@@ -113,6 +128,11 @@ class Ending:
         self._host.is_draining = True
         self._task = asyncio.create_task(self._end_at_once() if at_once else self._drain())
 
+    def on_broken(self) -> None:
+        """End at once, whatever becomes of what computes; called in the event loop."""
+        atexit.register(_leave_at_once)  # runs before what would wait for the model
+        self.begin(at_once=True)
+
     def close(self) -> None:
         """Called when no request is left."""
         if self._task is not None:
@@ -120,7 +140,7 @@ class Ending:
 
     def _on_signal(self, number: int, _: Any) -> None:
         # Under the command a second SIGTERM may be the first one once more, sent on by it.
-        is_repeated = self._host.is_draining and not is_supervised()
+        is_repeated = self._host.is_draining and not supervision.is_supervised()
         at_once = number == signal.SIGINT or is_repeated
         self._loop.call_soon_threadsafe(lambda: self.begin(at_once=at_once))
 
@@ -143,35 +163,46 @@ class Ending:
 
 
 @contextlib.contextmanager
-def signals_watched() -> Iterator[threading.Event]:
+def signals_watched(on_death: OnDeath) -> Iterator[threading.Event]:
     """In the process of the command, while its arbiter runs; what it gives is set at a signal.
 
     The arbiter passes a first signal on to the workers as SIGTERM, waits for them for a day, and
     keeps the address open meanwhile. In this block the address is given up at the first signal,
-    and SIGINT and a second signal reach the workers as SIGINT. Main thread only.
+    and SIGINT and a second signal reach the workers as SIGINT. When a worker has died, the arbiter
+    looks at once, and not up to 10 s later. Main thread only.
+
+    Args:
+        on_death: told of each; True ends the server.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # Only a signal that has a handler is written to the pipe.
+    child_before = signal.signal(signal.SIGCHLD, lambda *_: None)
     was_asked = threading.Event()
     watcher = threading.Thread(
-        target=_watch, args=(reading, was_asked), name="mlops-signals", daemon=True
+        target=_watch, args=(reading, was_asked, on_death), name="mlops-signals", daemon=True
     )
     watcher.start()
     try:
         yield was_asked
     finally:
+        signal.signal(signal.SIGCHLD, child_before)
         signal.set_wakeup_fd(before)
         os.close(writing)
         watcher.join()
         os.close(reading)
 
 
-def _watch(reading: int, was_asked: threading.Event) -> None:
+def _watch(reading: int, was_asked: threading.Event, on_death: OnDeath) -> None:
     while numbers := os.read(reading, 64):
         for number in numbers:
             arbiter = running_arbiter()
-            if number not in {signal.SIGTERM, signal.SIGINT} or arbiter is None:
+            if arbiter is None:
+                continue
+            if number == signal.SIGCHLD:
+                arbiter.loop.add_callback(_look_after_workers, arbiter, on_death)
+            if number not in {signal.SIGTERM, signal.SIGINT}:
                 continue
             arbiter.loop.add_callback(_stop_listening, arbiter)
             if was_asked.is_set() or number == signal.SIGINT:
@@ -183,6 +214,34 @@ def _stop_listening(arbiter: Any) -> None:
     # The workers have the socket too: when they have closed it, clients are refused.
     if listener := arbiter.sockets.get(_LISTENER):
         listener.close()
+
+
+async def _look_after_workers(arbiter: Any, on_death: OnDeath) -> None:
+    from circus.exc import ConflictError
+
+    def after_reap(*, watcher: Any, process_pid: int, exit_code: int, **_: Any) -> None:
+        is_last = not watcher.respawn and not watcher.processes
+        if watcher.is_active() and on_death(watcher.name, process_pid, exit_code, is_last=is_last):
+            arbiter.loop.add_callback(_stop, arbiter)
+
+    for watcher in arbiter.watchers:
+        watcher.hooks["after_reap"] = after_reap
+    # One that is being restarted has no processes for a moment, which ends an arbiter that looks.
+    if all(watcher.is_active() for watcher in arbiter.watchers):
+        with contextlib.suppress(ConflictError):  # it is looking
+            await arbiter.manage_watchers()
+
+
+async def _stop(arbiter: Any) -> None:
+    from circus.exc import ConflictError
+
+    while arbiter.running:
+        try:
+            await arbiter.stop()
+        except ConflictError:  # it is doing something else, such as to look after workers
+            await asyncio.sleep(0.1)
+        else:
+            return
 
 
 def _interrupt_workers(arbiter: Any) -> None:
@@ -205,6 +264,15 @@ def _running_server() -> uvicorn.Server | None:
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     is_main = threading.current_thread() is threading.main_thread()
     return server if is_main and isinstance(server, uvicorn.Server) else None
+
+
+def _leave_at_once() -> None:
+    """End the process with a failure, although a thread of it computes on or is missing."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            stream.flush()
+    os._exit(1)
 
 
 def _end_if_stuck(after_s: float) -> None:

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlops.hardware.home import expand
+
 MODEL_SUFFIXES = frozenset(
     {
         *(".safetensors", ".json", ".jinja", ".model", ".txt"),
@@ -82,7 +84,7 @@ def folder_of(target: str, working_dir: str | None) -> str:
     """Where the service's modules are looked for."""
     if working_dir is not None:
         return working_dir
-    folder = Path(target).expanduser()
+    folder = expand(target)
     return str(folder) if folder.is_dir() else "."
 
 
