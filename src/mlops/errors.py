@@ -15,7 +15,7 @@ MLOpsError
 │   ├─ EngineShutdownError      the engine is stopping or has no model loaded
 │   └─ DeadlineExceededError    the request's time is over
 ├─ TrackingError                MLflow refused or cannot be reached
-└─ MissingDependencyError       an optional library is not installed; names the extra
+└─ MissingDependencyError       an optional library is not installed; says how to install it
 
 Which HTTP status a class becomes stands in `mlops.serving.http.errors`, and nowhere else.
 Every class survives pickling, because errors cross process boundaries.
@@ -24,6 +24,8 @@ Every class survives pickling, because errors cross process boundaries.
 from __future__ import annotations
 
 from typing import Any
+
+from mlops.installation import install_command
 
 
 class MLOpsError(Exception):
@@ -138,8 +140,9 @@ class MissingDependencyError(MLOpsError):
     """
 
     def __init__(self, library: str, extra: str = "") -> None:
-        wanted = f"mlx-mlops[{extra}]" if extra else "mlx-mlops"
-        super().__init__(f"{library} is not installed; install it with: pip install '{wanted}'")
+        super().__init__(
+            f"{library} is not installed; install it with: {install_command(library, extra)}"
+        )
         self.library = library
         self.extra = extra
 

@@ -26,6 +26,7 @@ from typing import Literal
 
 from mlops.hardware.machine import HardwareInfo, detect
 from mlops.hardware.probes import find_version
+from mlops.installation import install_command
 
 BlasSource = Literal["system", "scipy-openblas32", "accelerate", "reference", "not needed"]
 
@@ -199,7 +200,7 @@ def _find_scipy_openblas() -> BlasStatus:
     if spec is None or not spec.submodule_search_locations:
         raise _UnavailableError(
             "no OpenBLAS is installed",
-            "Install one with: pip install scipy-openblas32 (or your system's libopenblas0).",
+            f"Install your system's libopenblas0, or: {install_command('scipy-openblas32')}",
         )
     openblas = Path(spec.submodule_search_locations[0]) / "lib" / "libscipy_openblas.so"
     try:
@@ -214,7 +215,7 @@ def _find_scipy_openblas() -> BlasStatus:
     if not _computes_right(library):
         raise _UnavailableError(
             f"{openblas} gives wrong results",
-            "Install it again with: pip install --force-reinstall scipy-openblas32",
+            f"Install it again with: {install_command('scipy-openblas32', again=True)}",
         )
     return BlasStatus(_scipy_name(), str(shim), "scipy-openblas32", optimized=True)
 
@@ -228,7 +229,7 @@ def _find_or_compile_shim(openblas: Path) -> Path:
     if not _can_open(openblas):
         raise _UnavailableError(
             f"{openblas} is missing or cannot be opened",
-            "Install it again with: pip install --force-reinstall scipy-openblas32",
+            f"Install it again with: {install_command('scipy-openblas32', again=True)}",
         )
     escaped = "".join(f"\\{byte:03o}" for byte in os.fsencode(openblas))
     source = f'#define OPENBLAS "{escaped}"\n' + Path(__file__).with_name("blas_shim.c").read_text()

@@ -12,6 +12,7 @@ from mlops.hardware.blas import BlasStatus, find_blas
 from mlops.hardware.home import expand
 from mlops.hardware.machine import HardwareInfo, detect
 from mlops.hardware.probes import Probes
+from mlops.installation import install_command
 
 LIBRARIES = ("mlx-mlops", "mlx", "mlx-lm", "bentoml", "mlflow", "numpy", "ray")
 NEEDED_LIBRARIES = ("mlx", "mlx-lm", "bentoml")
@@ -107,17 +108,17 @@ def _library_problems(hardware: HardwareInfo, versions: dict[str, str | None]) -
     can_have_mlx = hardware.system != "Darwin" or hardware.machine == "arm64"
     for name in NEEDED_LIBRARIES:
         if versions[name] is None and (can_have_mlx or not name.startswith("mlx")):
-            yield Problem(f"{name} is not installed.", "Install it with: pip install mlx-mlops")
+            yield Problem(f"{name} is not installed.", f"Install it with: {install_command(name)}")
     if versions["mlx"] is not None and hardware.mlx_backend is None and can_have_mlx:
         yield Problem(
             "MLX is installed without a backend, so it cannot be imported.",
-            "Install one with: pip install 'mlx[cpu]' (or 'mlx[cuda13]' for an NVIDIA GPU).",
+            f"Install one with: {install_command('mlx')} (for an NVIDIA GPU: 'mlx[cuda13]').",
         )
     bentoml = versions["bentoml"]
     if bentoml is not None and Version(bentoml) < Version(SAFE_BENTOML):
         yield Problem(
             f"BentoML {bentoml} has known security holes.",
-            f"Update it with: pip install 'bentoml>={SAFE_BENTOML}'",
+            f"Update it with: {install_command('bentoml')}",
         )
 
 

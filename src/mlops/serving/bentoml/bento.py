@@ -260,7 +260,8 @@ def write_wheel(folder: Path) -> Path:
         distribution = importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError as exc:
         raise PackagingError(
-            f"{DISTRIBUTION} is not installed as a package: run `uv sync` or `pip install .`",
+            f"{DISTRIBUTION} is not installed as a package: run `make setup` in its clone, or "
+            "install its wheel",
             _OPERATION,
         ) from exc
     import mlops
