@@ -34,6 +34,8 @@ from mlops.cli.doctor import EPILOG as DOCTOR_EPILOG
 from mlops.cli.doctor import doctor
 from mlops.cli.gc import EPILOG as GC_EPILOG
 from mlops.cli.gc import gc
+from mlops.cli.logs import EPILOG as LOGS_EPILOG
+from mlops.cli.logs import logs
 from mlops.cli.models import models
 from mlops.cli.package import EPILOG as PACKAGE_EPILOG
 from mlops.cli.package import package
@@ -64,6 +66,7 @@ app.command(epilog=PACKAGE_EPILOG)(package)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=PREDICT_EPILOG)(predict)
 app.command(epilog=CHAT_EPILOG)(chat)
+app.command(epilog=LOGS_EPILOG)(logs)
 app.add_typer(models, name="models")
 app.command(epilog=GC_EPILOG)(gc)
 app.command(epilog=PUSH_EPILOG)(push)
