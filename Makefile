@@ -11,10 +11,12 @@ export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export UV_PYTHON_DOWNLOADS := never
 export VIRTUAL_ENV := $(CURDIR)/.venv
+# What the user's shell finds, for commands that are printed to be pasted there.
+export CALLER_PATH := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
-.PHONY: help setup reference demo demo-ray serve test attack check format bench bench-ray docs lock clean
+.PHONY: help setup reference demo demo-ray serve wheel test attack check format bench bench-ray docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
@@ -33,6 +35,10 @@ demo-ray: setup ## the demo's Bento on a Ray cluster of two nodes on this machin
 
 serve: setup ## the demo's service, left running until Ctrl-C
 	@mlops demo $(if $(MODEL),--model "$(MODEL)") --keep-serving
+
+wheel: setup ## a wheel in dist, to install on another machine
+	@uv build --quiet --wheel --no-build-isolation --out-dir dist
+	@ls dist/*.whl
 
 test: setup reference ## all tests, in two processes
 	@python -m pytest -n 2

@@ -6,12 +6,9 @@ from typing import Annotated
 
 import typer
 
-EPILOG = """Examples:
+from mlops.cli.arguments import examples
 
-    mlops logs helpdesk
-
-    mlops logs helpdesk:1.0.0 --lines 50 --follow
-"""
+EPILOG = examples("mlops logs helpdesk", "mlops logs helpdesk:1.0.0 --lines 50 --follow")
 
 
 def logs(
