@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from mlops.cli.arguments import examples
 from mlops.errors import PackagingError
 
 if TYPE_CHECKING:
+    from mlops.client import RunRecord
     from mlops.registry import ModelStore, StoredModel
 
 models = typer.Typer(help="What is in the model store.", no_args_is_help=True)
@@ -58,8 +60,6 @@ def list_models(
 
 
 def _print_reclaimable(store: ModelStore) -> None:
-    from mlops.errors import PackagingError
-
     try:
         num_bytes = store.collect_garbage(dry_run=True).num_bytes
     except PackagingError:  # another command writes, or this user may not
@@ -77,15 +77,19 @@ def show_model(
     verify: Annotated[bool, typer.Option(help="Check every stored byte.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show one model: its files, digests, labels and base model."""
+    """Show one model: its files, digests, labels, base model, and its runs in MLflow.
+
+    The runs are those that were linked on this machine; without any, MLFLOW_TRACKING_URI is asked.
+    """
     from mlops.registry import ModelStore
 
     store = ModelStore()
     entry = store.get(tag)
     if verify:
         store.verify(entry)
+    runs = _runs_of(entry)
     if as_json:
-        console.print_json(_as_dict(entry))
+        console.print_json({**_as_dict(entry), "runs": [asdict(run) for run in runs]})
         return
     output = console.output()
     facts: dict[str, Any] = {
@@ -100,6 +104,13 @@ def show_model(
     for name, value in facts.items():
         if value is not None:
             output.print(f"{name:<16} {value}", soft_wrap=True)
+    for run in runs:
+        what = f", as {run.package}" if run.package else ""
+        output.print(
+            f"{run.relation:<16} run {run.run_id} ({run.run_name}), experiment {run.experiment}"
+            f"{what}\n{'':<16} {run.url or run.tracking_uri}",
+            soft_wrap=True,
+        )
     for file in entry.manifest.files:
         output.print(f"  {file.size:>14,}  {file.sha256[:12]}  {file.path}", soft_wrap=True)
 
@@ -118,6 +129,23 @@ def _of_project(entries: list[StoredModel], project: str) -> list[StoredModel]:
             f"there is no project {project!r}; {there_are}", "list_models", {"project": project}
         )
     return found
+
+
+def _runs_of(entry: StoredModel) -> list[RunRecord]:
+    """The runs that were linked to a model here, else the one that MLFLOW_TRACKING_URI knows."""
+    from mlops.client import ask_mlflow, recall
+    from mlops.errors import TrackingError
+
+    if (runs := recall(entry.digest)) or not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
+        return runs
+    files_digest = entry.manifest.files_digest
+    try:
+        return ask_mlflow(
+            uri, {"tag": entry.tag, "digest": entry.digest, "files_digest": files_digest}
+        )
+    except TrackingError as error:
+        typer.echo(str(error), err=True)
+        return []
 
 
 def _as_dict(entry: StoredModel) -> dict[str, Any]:

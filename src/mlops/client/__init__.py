@@ -7,6 +7,7 @@ queue (`mlops.client.link_queue`) and is sent with the next one.
 """
 
 from mlops.client.link_queue import FlushResult, LinkResult
+from mlops.client.run_records import RunRecord, ask_mlflow, recall
 from mlops.client.tracking import ActiveRun, LoggedModel, TrackingClient, create_client
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "FlushResult",
     "LinkResult",
     "LoggedModel",
+    "RunRecord",
     "TrackingClient",
+    "ask_mlflow",
     "create_client",
+    "recall",
 ]

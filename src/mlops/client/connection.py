@@ -132,6 +132,16 @@ class Connection:
                 "MLFLOW_TRACKING_URI to another"
             ) from exc
 
+    def require(self) -> None:
+        """Ask for a store that is there: a database file is not made.
+
+        Raises:
+            TrackingError: there is none, or it is down.
+        """
+        if self.tracking_uri.startswith(_SQLITE) and not self._sqlite_path().exists():
+            raise TrackingError(f"there is no MLflow store {self.public_uri}")
+        self.check()
+
     def experiment_id(self, project_name: str) -> str:
         """The experiment of a project; made when missing, restored when deleted.
 

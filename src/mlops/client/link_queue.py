@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +25,13 @@ MAX_QUEUE_BYTES = 16 * 1024 * 1024
 MAX_FACT_CHARS = 1000
 FACTS = ("model_tag", "bento_tag", "model_digest", "project_name")
 """What a link says about a package: the keys of a packaging result that are kept."""
+PART_FIELDS = ("tag", "digest", "files_digest", "run_id")
+"""What a link says about each part of a package; only tag and digest are always there."""
 
 logger = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_ROLE = re.compile(r"model|base_model|adapter\.[a-z0-9][-._a-z0-9]*")
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,20 @@ class PackageLink:
     Attributes:
         tracking_uri: the MLflow store, without credentials.
         project_name: the experiment for the run when `run_id` is None.
-        run_id: the run, or None to make one when the link is sent.
+        run_id: the run, or None for the one that has the same link, or a new one.
         facts: some of `FACTS`, with their values.
+        parts: the stored models that it consists of: `model`, `base_model`, `adapter.NAME`; some
+            of `PART_FIELDS` each.
     """
 
     tracking_uri: str
     project_name: str
     run_id: str | None
     facts: dict[str, str]
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash(self.link_id)
+        return hash((self.run_id, self.link_id))
 
     @property
     def package_tag(self) -> str:
@@ -53,9 +62,15 @@ class PackageLink:
         return self.facts.get("model_tag") or self.facts["bento_tag"]
 
     @property
+    def title(self) -> str:
+        """The Bento's tag, else the model's."""
+        return self.facts.get("bento_tag") or self.facts["model_tag"]
+
+    @property
     def link_id(self) -> str:
-        """The same for the same content, so sending twice makes one link."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        """The same for the same content, so a run gets the same link once."""
+        content = [self.project_name, self.facts, self.parts]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -102,16 +117,53 @@ def read_facts(result: Mapping[str, Any]) -> dict[str, str]:
     """
     if not isinstance(result, Mapping):
         raise TrackingError(f"link_package takes a packaging result, not {type(result).__name__}")
-    facts = {key: result[key] for key in FACTS if result.get(key) is not None}
-    for key, value in facts.items():
-        if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_FACT_CHARS:
-            raise TrackingError(
-                f"{key} of a packaging result must be printable text of at most {MAX_FACT_CHARS} "
-                f"characters, not {str(value)[:80]!r}"
-            )
+    facts = _texts(result, FACTS, "")
     if not facts.get("model_tag") and not facts.get("bento_tag"):
         raise TrackingError("a packaging result needs a model_tag or a bento_tag to be linked")
     return facts
+
+
+def read_parts(result: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What `PackageLink.parts` keeps of a packaging result's `parts`, which may be missing.
+
+    Raises:
+        TrackingError: they are none that a packaging result has.
+    """
+    parts = result.get("parts") or {}
+    if not isinstance(parts, Mapping) or not all(isinstance(p, Mapping) for p in parts.values()):
+        raise TrackingError("parts of a packaging result must be a dict of dicts")
+    read = {str(role): _texts(part, PART_FIELDS, f"{role}.") for role, part in parts.items()}
+    for role, part in read.items():
+        digests = [part[key] for key in ("digest", "files_digest") if key in part]
+        if not _ROLE.fullmatch(role) or "tag" not in part or "digest" not in part:
+            raise TrackingError(
+                f"the part {role[:80]!r} of a packaging result needs tag and digest"
+            )
+        if not all(map(_DIGEST.fullmatch, digests)):
+            raise TrackingError(f"a digest of the part {role!r} of a packaging result is none")
+    return read
+
+
+def _texts(values: Mapping[str, Any], keys: Iterable[str], prefix: str) -> dict[str, str]:
+    """Those of the keys that have a value.
+
+    Raises:
+        TrackingError: a value is no short text.
+    """
+    texts = {key: values[key] for key in keys if values.get(key) is not None}
+    for key, value in texts.items():
+        if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_FACT_CHARS:
+            raise TrackingError(
+                f"{prefix}{key} of a packaging result must be printable text of at most "
+                f"{MAX_FACT_CHARS} characters, not {str(value)[:80]!r}"
+            )
+    return texts
+
+
+def private_folder() -> Path:
+    """Where what belongs to a model store but is no model is kept: `mlops` in BentoML's home."""
+    home = os.environ.get("BENTOML_HOME") or "~/bentoml"
+    return expand(os.path.expandvars(home)) / "mlops"
 
 
 class LinkQueue:
@@ -122,8 +174,7 @@ class LinkQueue:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        home = expand(os.path.expandvars(os.environ.get("BENTOML_HOME") or "~/bentoml"))
-        self.path = path or home / "mlops" / "tracking-queue.jsonl"
+        self.path = path or private_folder() / "tracking-queue.jsonl"
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
 
     def add(self, link: PackageLink) -> None:
@@ -244,10 +295,13 @@ def _from_line(line: bytes) -> PackageLink | None:
     try:
         data = json.loads(line)
         link = PackageLink(**data)
-        facts = read_facts(link.facts)
+        is_read = (link.facts, link.parts) == (
+            read_facts(link.facts),
+            read_parts({"parts": link.parts}),
+        )
     except (ValueError, TypeError, RecursionError, TrackingError):
         return None
     places = (link.tracking_uri, link.project_name)
     is_text = all(isinstance(place, str) and place for place in places)
     has_run = link.run_id is None or isinstance(link.run_id, str)
-    return link if is_text and has_run and facts == link.facts else None
+    return link if is_text and has_run and is_read else None

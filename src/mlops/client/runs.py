@@ -16,6 +16,11 @@ MAX_TAG_CHARS = 8000
 EXTERNAL_TAG = "mlflow.model.isExternal"
 """MLflow's own tag for a model whose files it does not hold."""
 
+LINK_TAG = "mlops.link_id"
+"""On what a link made: its external logged model, and the run that it was given."""
+DIGEST_TAG = "mlops.files_digest"
+"""On a logged model whose files are known: their digest."""
+
 _PARAMS_PER_CALL = 100  # MLflow's limit, for tags too
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -21,10 +21,14 @@ from mlops.client.connection import (
     resolve_tracking_uri,
     translated,
 )
-from mlops.client.link_queue import FlushResult, LinkResult, PackageLink, read_facts
-from mlops.client.links import LINK_TAG, PackageLinker, is_misuse, runs_of
+from mlops.client.datasets import dataset_entity
+from mlops.client.lineage import find_origin
+from mlops.client.link_queue import FlushResult, LinkResult, PackageLink, read_facts, read_parts
+from mlops.client.links import PackageLinker, is_misuse, runs_of
 from mlops.client.runs import (
+    DIGEST_TAG,
     EXTERNAL_TAG,
+    LINK_TAG,
     MAX_PARAM_CHARS,
     MAX_TAG_CHARS,
     checked_key,
@@ -41,7 +45,6 @@ from mlops.errors import TrackingError
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 PATH_TAG = "mlops.path"
-DIGEST_TAG = "mlops.files_digest"
 _METRICS_PER_CALL = 1000  # MLflow's limit
 
 logger = logging.getLogger(__name__)
@@ -243,6 +246,28 @@ class TrackingClient:
         with translated(f"log the artifacts in {folder}"):
             self._mlflow.log_artifacts(run_id, str(folder), artifact_path)
 
+    def log_input(
+        self, dataset: Any, name: str | None = None, *, context: str = "training"
+    ) -> None:
+        """Log which data the run used; MLflow shows it on the run's page.
+
+        Args:
+            dataset: a file or folder, of which MLflow gets path, size and digest; or one of
+                MLflow's own datasets (`mlflow.data`).
+            name: for MLflow; by default the file's.
+            context: what it is used for, such as `training` or `evaluation`.
+
+        Raises:
+            TrackingError: `dataset` is neither, or MLflow is down or refuses.
+        """
+        entity = dataset_entity(dataset, name)
+        run_id = self._run()
+        with translated(f"log the dataset {entity.name!r}"):
+            from mlflow.entities import DatasetInput, InputTag
+
+            tags = [InputTag("mlflow.data.context", context)]
+            self._mlflow.log_inputs(run_id, [DatasetInput(entity, tags)])
+
     # Models
 
     def log_model(
@@ -320,24 +345,34 @@ class TrackingClient:
         """Tie a package to a run, in both directions.
 
         The run gets `model_tag`, `bento_tag`, `model_digest` and `project_name` as parameters and
-        tags; an external logged model with the same tags refers back to the run. When MLflow is
+        tags; an external logged model with the same tags refers back to the run. Tags name each
+        adapter and the base with their digests and the runs that they come from, and those runs
+        get tags with the package (`mlops.client.lineage` says how they are found). When MLflow is
         down or refuses, the link is queued, and sent with the next one that succeeds.
 
         Args:
             result: what `package_model` returned; values may be None.
-            run_id: a run of this store; by default the active one.
+            run_id: a run of this store; by default the active one. With neither, the run of this
+                project that has the same link already, else one is opened.
 
         Raises:
             TrackingError: `result` is no packaging result, or there is no run `run_id`.
         """
-        facts = read_facts(result)
+        link = PackageLink(
+            self.tracking_uri,
+            self.project_name,
+            run_id or self.active_run_id,
+            read_facts(result),
+            read_parts(result),
+        )
         try:
             self._connection.check()
-            done = self._linker.send(self._link(run_id or self._run(), facts))
+            if link.run_id is None and not self._linker.is_sent(link):
+                link = replace(link, run_id=self._run())
+            done = self._linker.send(link)
         except TrackingError as exc:
             if run_id and is_misuse(exc):
                 raise
-            link = self._link(run_id or self.active_run_id, facts)
             return self._linker.keep_for_later(link, str(exc))
         waiting = self.flush_queue()
         if waiting.reason:
@@ -349,8 +384,21 @@ class TrackingClient:
         return self._linker.flush()
 
     def runs_of(self, tag: str) -> list[str]:
-        """The runs of this project that a model tag or bento tag is linked to, newest first."""
+        """The runs of this project that a model tag or bento tag is linked to, newest first.
+
+        For an adapter of a package that is also the run which logged the adapter.
+        """
         return runs_of(self._connection, self.project_name, tag)
+
+    def source_run(self, path: str | Path) -> str | None:
+        """The first run, of any project, that logged the files of this checkpoint; else None.
+
+        Raises:
+            TrackingError: there is no checkpoint, or MLflow is down.
+        """
+        digest = files_digest(checkpoint_files(Path(path)))
+        origin = find_origin(self._connection, "model", {"files_digest": digest})
+        return origin.run.run_id if origin else None
 
     # Below: how
 
@@ -432,9 +480,6 @@ class TrackingClient:
         if not logged:
             raise TrackingError(f"no model was logged in the run {run_or_model_id}")
         return max(logged, key=lambda model: model.creation_timestamp)
-
-    def _link(self, run_id: str | None, facts: dict[str, str]) -> PackageLink:
-        return PackageLink(self.tracking_uri, self.project_name, run_id, facts)
 
 
 def _status_after(exc: BaseException | None) -> RunStatus:

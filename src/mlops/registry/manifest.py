@@ -77,6 +77,11 @@ class Manifest:
         )
 
     @property
+    def files_digest(self) -> str:
+        """Digest of the files alone, as `client.log_model` gives it to a folder that it logs."""
+        return digest_of([asdict(file) for file in self.files])
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)

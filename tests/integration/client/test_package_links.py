@@ -18,7 +18,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from mlops.client import FlushResult, TrackingClient, create_client
+from mlops.client import FlushResult, TrackingClient, create_client, recall
 from mlops.client.link_queue import LinkQueue, PackageLink
 from mlops.errors import TrackingError
 
@@ -38,9 +38,11 @@ def mlflow_of(client: TrackingClient) -> Any:
     return mlflow.MlflowClient(tracking_uri=client.tracking_uri)
 
 
-def tags_of(client: TrackingClient, run_id: str | None) -> dict[str, str]:
+def tags_of(client: TrackingClient, run_id: str | None, prefix: str = "") -> dict[str, str]:
+    """The facts of a link, or the tags that begin in a certain way."""
     tags = mlflow_of(client).get_run(run_id).data.tags
-    return {key: value for key, value in tags.items() if key in FACTS}
+    wanted = [key for key in tags if (key.startswith(prefix) if prefix else key in FACTS)]
+    return {key: tags[key] for key in wanted}
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def test_a_link_waits_while_mlflow_is_down(client: TrackingClient, dead_uri: str
     assert client.flush_queue() == FlushResult(sent=0, remaining=1)
 
 
-def test_a_server_that_never_answers_is_down(store: Path) -> None:
+def test_a_server_that_never_answers_is_down(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlops.client.connection.CHECK_TIMEOUT_S", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -205,6 +208,18 @@ def test_a_real_server_until_it_dies(store: Path) -> None:
             client.log_artifact(__file__)
             client.log_model({"weight": np.ones(2)}, "model")
             link = client.link_package(RESULT)
+        with client.start_run() as later:
+            part = {"tag": "lora_adapter:1.0.0", "digest": RESULT["model_digest"]}
+            parts = {"adapter.tone": part}
+            client.link_package({"bento_tag": "many:1", "model_tag": "base:1", "parts": parts})
+        assert tags_of(client, later.run_id, "adapter.") == {
+            "adapter.tone": f"lora_adapter:1.0.0@{RESULT['model_digest']}",
+            "adapter.tone.run_id": run.run_id,
+        }
+        assert tags_of(client, run.run_id, "package.") == {"package.many.1": later.run_id}
+        origin = recall(str(RESULT["model_digest"]))[0]
+        experiment = mlflow_of(client).get_run(run.run_id).info.experiment_id
+        assert origin.url == f"{uri}/#/experiments/{experiment}/runs/{run.run_id}"
         files = client.load_model_files(run.run_id)
         assert (files / "model.safetensors").exists()
         assert (link.linked, link.run_id) == (True, run.run_id)

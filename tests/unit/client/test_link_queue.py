@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlops.client.link_queue import LinkQueue, PackageLink, read_facts
+from mlops.client.link_queue import LinkQueue, PackageLink, read_facts, read_parts
 from mlops.errors import TrackingError
 
 
@@ -124,3 +124,40 @@ def test_facts_are_what_a_link_needs_of_a_packaging_result() -> None:
 def test_no_packaging_result_is_misuse(result: object) -> None:
     with pytest.raises(TrackingError, match=r"packaging result"):
         read_facts(result)  # type: ignore[arg-type]
+
+
+DIGEST = "sha256:" + "0" * 64
+
+
+def test_parts_come_back(queue: LinkQueue) -> None:
+    parts = {"adapter.tone": {"tag": "a:1", "digest": DIGEST, "run_id": "7"}}
+    assert read_parts({"parts": parts}) == parts
+    assert read_parts({}) == {}
+    with_parts = PackageLink("http://mlflow.test", "p", None, {"model_tag": "m:1"}, parts)
+    queue.add(with_parts)
+    assert queue.waiting() == [with_parts]
+
+
+def test_links_of_an_earlier_version_have_no_parts(queue: LinkQueue) -> None:
+    queue.add(link())
+    line = json.loads(queue.path.read_text())
+    del line["parts"]
+    queue.path.write_text(json.dumps(line) + "\n")
+    assert queue.waiting() == [link()]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [1],
+        {"model": "a:1"},
+        {"model": {"tag": "a:1"}},
+        {"model": {"tag": "a:1", "digest": "../../x"}},
+        {"model": {"tag": "a:1", "digest": DIGEST, "files_digest": "' OR 1=1"}},
+        {"model": {"tag": 1, "digest": DIGEST}},
+        {"other": {"tag": "a:1", "digest": DIGEST}},
+    ],
+)
+def test_no_parts_of_a_packaging_result_are_misuse(parts: object) -> None:
+    with pytest.raises(TrackingError, match="packaging result"):
+        read_parts({"parts": parts})

@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 SERVED_KINDS = frozenset({CheckpointKind.LANGUAGE_MODEL, CheckpointKind.ADAPTER})
 """Kinds of checkpoint that this version has a runner for."""
 
+RUN_LABEL = "mlflow_run_id"
+"""The label, or key of the metadata, that names the MLflow run which a model comes from."""
+
 
 @dataclass
 class PackageConfig:
@@ -295,8 +298,10 @@ class ModelPackager:
         Returns:
             `success` (True), `model_tag`, `model_digest`, `model_path`, `bento_tag` and
             `docker_image` (None where not asked for), `base_model_tag`, `adapter_tags` (by name),
-            `project_name`, `description`, `num_files`, `size_bytes`, `renamed` (what had to be
-            written differently in a tag), `unchanged` (all of it was there already), `tracking`.
+            `parts` (the stored models: `model`, `base_model`, `adapter.NAME`, each with tag and
+            digests), `project_name`, `description`, `num_files`, `size_bytes`, `renamed` (what had
+            to be written differently in a tag), `unchanged` (all of it was there already),
+            `tracking`.
 
         Raises:
             PackagingError: a step failed. What was stored before that is whole and stays: the error
@@ -329,6 +334,7 @@ class ModelPackager:
             "docker_image": bento.containerize(built.tag) if built and create_docker else None,
             "base_model_tag": self._base.tag if self._base else None,
             "adapter_tags": {name: entry.tag for name, entry in self._adapters.items()},
+            "parts": {role: _part(entry) for role, entry in self._entries(model).items()},
             "project_name": self.config.project_name,
             "description": self.validate_model_path().description,
             "num_files": len(model.manifest.files),
@@ -365,6 +371,12 @@ class ModelPackager:
                 raise type(exc)(f"{exc.message}; {stays}", exc.operation, details) from exc
             logger.warning("%s", stays)  # Ctrl-C, too
             raise
+
+    def _entries(self, model: StoredModel) -> dict[str, StoredModel]:
+        """The stored models of the package, by their role in it."""
+        base = {"base_model": self._base} if self._base else {}
+        adapters = {f"adapter.{name}": entry for name, entry in self._adapters.items()}
+        return {"model": model, **base, **adapters}
 
     @property
     def _wanted_name(self) -> str:
@@ -480,6 +492,17 @@ class ModelPackager:
             labels={"project": self.config.project_name},
             reuse=True,
         )
+
+
+def _part(entry: StoredModel) -> dict[str, str]:
+    """What MLflow is told of a stored model; a label or metadata may name the run it is from."""
+    run_id = entry.labels.get(RUN_LABEL) or entry.metadata.get(RUN_LABEL)
+    return {
+        "tag": entry.tag,
+        "digest": entry.digest,
+        "files_digest": entry.manifest.files_digest,
+        **({"run_id": str(run_id)} if run_id else {}),
+    }
 
 
 def _is_text(value: object) -> bool:
