@@ -11,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,9 +34,11 @@ from mlops.demo import service
 from mlops.demo.lessons import LESSONS
 from mlops.demo.training import Recipe, train_adapter
 from mlops.errors import ServiceError
+from mlops.installation import callers_path, install_command
 
 if TYPE_CHECKING:
     from mlops.client import TrackingClient
+    from mlops.registry import StoredModel
 
 PROJECT = "demo"
 QUESTIONS = ("Explain the for statement.", "What does the open function do?")
@@ -57,21 +63,24 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool, on_ray: bool =
     home.mkdir(parents=True, exist_ok=True)
     os.environ["BENTOML_HOME"] = str(home)
     tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
-    bento_tag = _make_bento(model, folder, tracking_uri, console)
+    package = _make_bento(model, folder, tracking_uri, console)
     if on_ray:
         from mlops.demo.cluster import show_cluster
 
-        show_cluster(bento_tag, folder, console, keep_serving)
+        show_cluster(package["bento_tag"], folder, console, keep_serving)
     else:
-        _serve_and_ask(bento_tag, folder, tracking_uri, console, keep_serving)
+        _serve_and_ask(package, folder, tracking_uri, console, keep_serving)
     console.print(f"done in {time.perf_counter() - start:.0f} s", style="green")
 
 
-def _make_bento(model: str | None, folder: Path, tracking_uri: str, console: Console) -> str:
-    """Train, track and package; returns the Bento's tag."""
+def _make_bento(
+    model: str | None, folder: Path, tracking_uri: str, console: Console
+) -> dict[str, Any]:
+    """Train, track and package; returns what packaging returned."""
     base = model or str(files("mlops.demo") / "base_model")
 
     from mlops.client import create_client
+    from mlops.registry import ModelStore
     from mlops.serving.bentoml.packager import package_model
 
     with create_client(PROJECT, tracking_uri=tracking_uri) as client:
@@ -80,22 +89,25 @@ def _make_bento(model: str | None, folder: Path, tracking_uri: str, console: Con
         console.print(f"{stored['description']}\nstored as {stored['model_tag']}")
 
         console.rule("2. Two LoRA adapters", align="left")
-        adapters = _train(Path(stored["model_path"]), stored["model_digest"], folder, client)
+        adapters = _train(ModelStore().get(stored["model_tag"]), folder, client)
 
         console.rule("3. Package: base and adapters in one Bento", align="left")
-        with client.start_run(run_name="package"):
-            result = package_model(
-                base, "demo-base", PROJECT, service_name="demo", adapters=adapters, tracking=client
-            )
+        result = package_model(base, "demo-base", PROJECT, service_name="demo", adapters=adapters)
+        _link(result, client)
         for name, tag in {"base": result["model_tag"], **result["adapter_tags"]}.items():
             console.print(f"{name:<10} {tag}")
         console.print(f"{'bento':<10} {result['bento_tag']}")
-    return str(result["bento_tag"])
+    return result
 
 
 def _serve_and_ask(
-    bento_tag: str, folder: Path, tracking_uri: str, console: Console, keep_serving: bool
+    package: Mapping[str, Any],
+    folder: Path,
+    tracking_uri: str,
+    console: Console,
+    keep_serving: bool,
 ) -> None:
+    bento_tag = str(package["bento_tag"])
     console.rule("4. Serve and ask over HTTP", align="left")
     port = service.free_port(3000 if keep_serving else 0)
     home = folder / "bentoml"
@@ -108,12 +120,21 @@ def _serve_and_ask(
         status.stop()
         console.print(answers)
         _say_how_they_ran(console, service.metrics(url)["engine"]["steps"])
-        _say_how_to_go_on(console, folder, tracking_uri, bento_tag)
+        _say_how_to_go_on(console, folder, tracking_uri, package)
         if keep_serving:
             wait_for_interrupt(console, url)
 
 
-def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dict[str, str | Path]:
+def _link(result: Mapping[str, Any], client: TrackingClient) -> None:
+    """Give the package a run, unless an earlier demo did so for the same content."""
+    if client.runs_of(result["bento_tag"]):
+        client.link_package(result)
+    else:
+        with client.start_run(run_name="package"):
+            client.link_package(result)
+
+
+def _train(base: StoredModel, folder: Path, client: TrackingClient) -> dict[str, str | Path]:
     """Adapter folders by name; those that an earlier run trained on the same base are kept."""
     recipe = Recipe()
     adapters: dict[str, str | Path] = {}
@@ -124,7 +145,9 @@ def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dic
         TimeElapsedColumn(),
     ) as progress:
         for lesson in LESSONS:
-            key = hashlib.sha256(f"{digest} {sorted(asdict(recipe).items())}".encode()).hexdigest()
+            key = hashlib.sha256(
+                f"{base.digest} {sorted(asdict(recipe).items())}".encode()
+            ).hexdigest()
             trained = folder / "adapters" / f"{lesson.name}-{key[:12]}"
             task = progress.add_task(
                 f"{lesson.name}: {lesson.style}", total=recipe.iterations, state="starting"
@@ -133,10 +156,13 @@ def _train(base: Path, digest: str, folder: Path, client: TrackingClient) -> dic
             def report(iteration: int, loss: float, task: Any = task) -> None:
                 progress.update(task, completed=iteration, state=f"loss {loss:.2f}")
 
-            if trained.exists():
+            if trained.exists() and client.source_run(trained):
                 progress.update(task, completed=recipe.iterations, state="trained before")
             else:
-                train_adapter(base, lesson, recipe, trained, client=client, report=report)
+                data = folder / "data" / f"{lesson.name}.jsonl"
+                train_adapter(
+                    base, lesson, recipe, trained, data=data, client=client, report=report
+                )
             adapters[lesson.name] = trained
     return adapters
 
@@ -184,27 +210,43 @@ def _say_how_they_ran(console: Console, steps: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _say_how_to_go_on(console: Console, folder: Path, tracking_uri: str, bento_tag: str) -> None:
-    home = _short(folder / "bentoml")
+def _say_how_to_go_on(
+    console: Console, folder: Path, tracking_uri: str, package: Mapping[str, Any]
+) -> None:
     console.print(
         "\nOne base model in memory answered as itself and through two small adapters, all in one "
         "batch. Every byte was checked against its SHA-256 before it was served.\n"
     )
     console.print("Go on with:")
     for command in (
-        f"export BENTOML_HOME={home}",
+        *paths_to_set(),
+        f"export BENTOML_HOME={quote(str(folder / 'bentoml'))}",
         "mlops models list",
-        f"mlops serve {bento_tag}",
+        f"mlops models show {package['adapter_tags'][LESSONS[0].name]}",
+        f"mlops serve {package['bento_tag']}",
         'mlops predict "What is a list?" --adapter json',
         "curl localhost:3000/metrics",
-        f"mlflow ui --backend-store-uri {tracking_uri}   # pip install 'mlx-mlops[mlflow]'",
+        *([] if _is_installed("mlflow") else [install_command("mlflow", "mlflow")]),
+        f"mlflow ui --backend-store-uri {quote(tracking_uri)}",
     ):
         console.print(f"  {command}", soft_wrap=True)
 
 
-def _short(path: Path) -> str:
-    """The path as typed from the working directory, where that is shorter."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def paths_to_set() -> list[str]:
+    """The line that the user's shell needs to find our commands, if it does not."""
+    ours = Path(sys.executable).parent
+    for name in ("mlops", "mlflow"):
+        found = shutil.which(name, path=callers_path())
+        if found is None or Path(found).resolve().parent != ours.resolve():
+            return [f'export PATH={quote(str(ours))}:"$PATH"']
+    return []
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def wait_for_interrupt(console: Console, url: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlops.hardware.open_files import open_file_limit_kept
 
 if TYPE_CHECKING:
     from mlops.client import TrackingClient
+    from mlops.registry import StoredModel
 
 Report = Callable[[int, float], None]
 """Called with the iteration and the training loss there."""
@@ -37,18 +39,23 @@ class Recipe:
 
 
 def train_adapter(
-    base: Path,
+    base: StoredModel,
     lesson: Lesson,
     recipe: Recipe,
     folder: Path,
     *,
+    data: Path,
     client: TrackingClient,
     report: Report,
 ) -> None:
     """Train one adapter on `base` and write it to `folder` in mlx-lm's format.
 
-    The loss goes to a run of `client`, with the recipe as its parameters. The folder appears when
-    training is complete.
+    A run of `client` gets the loss, the recipe and the base as parameters, the lessons as its
+    dataset, and the adapter. The folder appears when training is complete.
+
+    Args:
+        base: an entry of the model store.
+        data: file for the lessons, in the form that mlx-lm's trainer reads.
     """
     hardware.ensure_blas()
     hardware.select_device()
@@ -64,10 +71,13 @@ def train_adapter(
 
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
+    chats = conversations(lesson)
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text("".join(f"{json.dumps(chat)}\n" for chat in chats), encoding="utf-8")
     lora = {"rank": recipe.rank, "scale": recipe.scale, "dropout": 0.0}
     mx.random.seed(recipe.seed)
     numpy.random.seed(recipe.seed)  # mlx-lm shuffles with it
-    model, tokenizer = load(str(base))
+    model, tokenizer = load(str(base.path))
     if hardware.detect().mlx_backend == "cpu":
         model.set_dtype(mx.float32)  # the only type that MLX's CPU kernels multiply fast
         mx.disable_compile()  # building the kernels takes longer than these few steps
@@ -76,20 +86,20 @@ def train_adapter(
     linear_to_lora_layers(model, num_layers, lora)
     config = {
         "fine_tune_type": "lora",
-        "model": str(base),
+        "model": str(base.path),
         "num_layers": num_layers,
         "lora_parameters": lora,
     }
     (partial / "adapter_config.json").write_text(json.dumps(config, indent=1))
     with client.start_run(run_name=f"lora-{lesson.name}", tags={"lesson": lesson.style}):
         client.log_params({"adapter": lesson.name, **asdict(recipe)})
+        client.log_params({"base_model": base.tag, "base_model_digest": base.digest})
+        client.log_input(data, f"lessons-{lesson.name}")
         with contextlib.redirect_stdout(io.StringIO()):
             train(
                 model=model,
                 optimizer=mlx.optimizers.Adam(learning_rate=recipe.learning_rate),
-                train_dataset=CacheDataset(
-                    ChatDataset(conversations(lesson), tokenizer, mask_prompt=True)
-                ),
+                train_dataset=CacheDataset(ChatDataset(chats, tokenizer, mask_prompt=True)),
                 args=TrainingArgs(
                     batch_size=recipe.batch_size,
                     iters=recipe.iterations,
@@ -100,8 +110,10 @@ def train_adapter(
                 ),
                 training_callback=_Tracked(client, report),
             )
-    for checkpoint in partial.glob("0*_adapters.safetensors"):
-        checkpoint.unlink()
+        for checkpoint in partial.glob("0*_adapters.safetensors"):
+            checkpoint.unlink()
+        client.log_model(partial, lesson.name, copy=True)  # packaging finds the run by its digest
+    shutil.rmtree(folder, ignore_errors=True)  # trained before, but not in this MLflow
     partial.rename(folder)
 
 
