@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,37 +120,43 @@ def test_end_run_ends_the_inner_run_first(client: TrackingClient) -> None:
         client.end_run("DONE")  # type: ignore[arg-type]
 
 
-def test_a_first_run_ends_quietly_with_its_process(tmp_path: Path) -> None:
-    (tmp_path / ".mlflow.db.new").write_text("left by a process that was killed")
-    done = run_script(tmp_path, "")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
-    client = create_client("p", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    assert run_of(client, done.stdout.strip()).info.status == "FINISHED"
+Ended = dict[str, subprocess.CompletedProcess[str]]
 
 
-def test_a_run_fails_with_its_process(store: Path) -> None:
-    done = run_script(store, "1 / 0")
-    assert run_of(create_client("p"), done.stdout.strip()).info.status == "FAILED"
+def test_processes_that_begin_together_share_one_experiment(
+    first_processes: tuple[Path, Ended],
+) -> None:
+    """The store did not exist: one of them made its tables and the experiment."""
+    folder, ended = first_processes
+    assert [file.name for file in folder.iterdir()] == ["mlflow.db"]
+    mlflow = mlflow_of(create_client("p", tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+    experiment = mlflow.get_experiment_by_name("shared project")
+    runs = {run.info.run_id for run in mlflow.search_runs([experiment.experiment_id])}
+    assert runs == {done.stdout.split()[0] for done in ended.values()}
 
 
-def run_script(folder: Path, last_line: str) -> subprocess.CompletedProcess[str]:
-    script = f"""
-from mlops.client import create_client
-client = create_client("p")
-client.log_param("a", 1)
-print(client.run_id)
-{last_line}
-"""
-    unset = ("MLFLOW_TRACKING_URI", "MLFLOW_LOGGING_LEVEL")
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={key: value for key, value in os.environ.items() if key not in unset},
-    )
+@pytest.mark.parametrize(
+    ("end", "returncode", "status"),
+    [
+        ("quietly", 0, "FINISHED"),
+        ("with an error", 1, "FAILED"),
+        ("after its child", 0, "FINISHED"),
+    ],
+)
+def test_a_run_ends_with_its_process(
+    first_processes: tuple[Path, Ended], end: str, returncode: int, status: str
+) -> None:
+    folder, ended = first_processes
+    done = ended[end]
+    assert done.returncode == returncode, done.stderr
+    assert returncode or not done.stderr
+    client = create_client("p", tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    assert run_of(client, done.stdout.split()[0]).info.status == status
+
+
+def test_a_forked_child_leaves_its_parents_run_open(first_processes: tuple[Path, Ended]) -> None:
+    done = first_processes[1]["after its child"]
+    assert done.stdout.split()[1:] == ["RUNNING"], done.stderr
 
 
 # What is logged
@@ -355,27 +358,6 @@ def test_a_deleted_experiment_is_restored(store: Path) -> None:
     assert mlflow_of(second).get_experiment(experiment).lifecycle_stage == "active"
 
 
-def log_one(uri: str, number: int) -> None:
-    with create_client("shared project", tracking_uri=uri) as client:
-        client.log_param("number", number)
-
-
-def test_processes_that_begin_together_share_one_experiment(tmp_path: Path) -> None:
-    """The store does not exist yet: one of them makes its tables and the experiment."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=log_one, args=(uri, i)) for i in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    mlflow = mlflow_of(create_client("p", tracking_uri=uri))
-    experiment = mlflow.get_experiment_by_name("shared project")
-    runs = mlflow.search_runs([experiment.experiment_id])
-    assert sorted(run.data.params["number"] for run in runs) == ["0", "1", "2"]
-
-
 @pytest.mark.parametrize("kind", ["no folder", "no database", "dead server", "dead database"])
 def test_a_store_that_is_down_is_one_clear_error(
     store: Path, dead_uri: str, kind: str, tmp_path: Path
@@ -401,24 +383,3 @@ def test_errors_can_be_sent_to_another_process(client: TrackingClient) -> None:
         client.log_metric("loss", "low")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
     assert json.dumps(str(caught.value))
-
-
-def test_a_forked_child_leaves_its_parents_run_open(store: Path) -> None:
-    program = """
-import os, sys, warnings
-warnings.simplefilter("ignore")  # Python's of fork among threads
-from mlops.client import create_client
-client = create_client("p")
-client.log_param("before", 1)
-child = os.fork()
-if not child:
-    sys.exit(0)
-assert os.waitpid(child, 0)[1] == 0
-import mlflow
-mlflow = mlflow.MlflowClient(tracking_uri=client.tracking_uri)
-print(mlflow.get_run(client.run_id).info.status)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "RUNNING\n"), done.stderr
