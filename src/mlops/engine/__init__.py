@@ -1,7 +1,7 @@
 """MLX text generation: many requests, many adapters, one batch.
 
     request (fields, messages)   what may be asked, checked without MLX
-    prompts            text or messages -> token ids
+    prompts            text or messages -> token ids (chat_template; token_bound: what cannot fit)
     core (config)      the engine: from a request to its result, step by step
     scheduler          who goes next; sequence: one generation under way
     prefill, rows      prompts into caches; the decode batch
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlops.engine.config import EngineConfig
 from mlops.engine.embedding import EmbeddingRequest, EmbeddingResult, tokenize_inputs
+from mlops.engine.fields import is_longer
 from mlops.engine.loading import LoadedModel, load_model
 from mlops.engine.messages import Tools
 from mlops.engine.owner import (
@@ -34,7 +35,7 @@ from mlops.engine.owner import (
     submit_to_owner,
     to_exception,
 )
-from mlops.engine.prompts import to_generation_request
+from mlops.engine.prompts import add_grammar, may_need_grammar, to_generation_request
 from mlops.engine.request import (
     BASE_NAME,
     PROMPT_FIELDS,
@@ -69,9 +70,12 @@ __all__ = [
     "ToolCall",
     "ToolReader",
     "Tools",
+    "add_grammar",
     "find_form",
     "in_owner",
+    "is_longer",
     "load_model",
+    "may_need_grammar",
     "owner_failure",
     "parse_request",
     "run_in_owner",

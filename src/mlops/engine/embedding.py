@@ -27,6 +27,7 @@ from mlops.engine.fields import (
     is_encodable,
     show,
 )
+from mlops.engine.prompts import check_may_fit
 from mlops.engine.residency import Adapter, AdapterRegistry
 from mlops.errors import (
     DeadlineExceededError,
@@ -116,7 +117,7 @@ def tokenize_inputs(
         name = "input" if len(inputs) == 1 else f"input[{number}]"
         if not isinstance(value, kind):
             raise invalid(name, value, "a text or token ids, as the first one is")
-        ids = _tokenize(loaded, name, value)
+        ids = _tokenize(loaded, name, value, max_prompt_tokens)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
             raise PromptTooLongError(
                 f"{name} has {count(len(ids), 'token')}; this service takes "
@@ -126,10 +127,13 @@ def tokenize_inputs(
         yield ids
 
 
-def _tokenize(loaded: LoadedModel, name: str, value: Any) -> tuple[int, ...]:
+def _tokenize(
+    loaded: LoadedModel, name: str, value: Any, max_prompt_tokens: int | None
+) -> tuple[int, ...]:
     if isinstance(value, str):
         if not value or not is_encodable(value):
             raise invalid(name, value, "a text that is not empty")
+        check_may_fit(loaded, name, value, max_prompt_tokens)
         ids = tuple(loaded.tokenizer.encode(value))
     else:
         check_token_ids(name, value, 1, MAX_PROMPT_TOKENS)

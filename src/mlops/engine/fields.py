@@ -98,6 +98,28 @@ def check_names(
             )
 
 
+def is_longer(value: object, num_characters: int) -> bool:
+    """Whether a value of JSON types has more characters as JSON; of long ones it reads a part.
+
+    Numbers and punctuation count as one each, and a list that begins with a number by its length.
+    """
+    left, found = [value], 0
+    while left and found <= num_characters:
+        one = left.pop()
+        if isinstance(one, str):
+            found += len(one)
+        elif isinstance(one, Mapping):
+            found += len(one)
+            if found <= num_characters:
+                left += one
+                left += one.values()
+        elif isinstance(one, list | tuple):
+            found += len(one)
+            if found <= num_characters and not (one and isinstance(one[0], int | float)):
+                left += one
+    return found > num_characters
+
+
 def is_encodable(text: str) -> bool:
     """False for a text with half a surrogate pair, which no tokenizer takes."""
     try:

@@ -14,21 +14,17 @@ from __future__ import annotations
 
 import functools
 import json
-import select
-import subprocess
-import sys
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlops.engine.helper_process import HelperProcess
 from mlops.engine.response_format import FIELD, JSON_LAYOUT
-from mlops.errors import EngineError, InvalidRequestError
+from mlops.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -40,7 +36,6 @@ MAX_COMPILED = 16
 TRIAL_S = 0.5
 """A grammar must be compiled in this time; 1 to 10 ms are usual."""
 
-TRIAL_START_S = 30.0
 BITS_PER_WORD = 32
 MAX_REASON_CHARACTERS = 200
 NOT_VERBOSE = "<non-verbose/>"
@@ -103,7 +98,7 @@ class Guidance:
         self._source = tokenizer
         self._lock = threading.Lock()
         self._vocabulary: _Vocabulary | None = None
-        self._trials = _Trials()
+        self._trials = HelperProcess("grammar_trial.py")
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def compile(self, grammar: str, field: str = FIELD) -> None:
@@ -132,7 +127,7 @@ class Guidance:
     def _find(self, grammar: str, field: str) -> LLMatcher:
         vocabulary = self._read_vocabulary(field)
         if grammar not in self._compiled:
-            if not self._trials.finishes(grammar):
+            if self._trials.ask(json.dumps(grammar).encode("ascii"), TRIAL_S) is None:
                 raise _refuse(field, "it is too complex")
             self._compiled[grammar] = _compile(vocabulary.tokenizer, grammar, field)
             if len(self._compiled) > MAX_COMPILED:
@@ -150,7 +145,7 @@ class Guidance:
             except Exception as exc:  # of any kind: it reads the checkpoint's own tokenizer
                 raise InvalidRequestError(
                     f"{field} cannot be used with this model: grammars do not work with its "
-                    f"tokenizer ({_shorten(str(exc))})",
+                    f"tokenizer ({shorten(str(exc))})",
                     field,
                 ) from exc
             plain = [token for token in end_tokens if not made.is_special_token(token)]
@@ -174,7 +169,7 @@ class Guide:
         """
         # One that has failed still takes end tokens.
         if not self.matcher.consume_token(token) or self.matcher.is_error():
-            reason = _shorten(self.matcher.get_error())
+            reason = shorten(self.matcher.get_error())
             raise InvalidRequestError(
                 f"{FIELD} or tools cannot be used: the answer cannot follow its grammar any "
                 f"further: {reason}",
@@ -235,85 +230,14 @@ def _executor() -> LLExecutor:
     return LLExecutor()
 
 
-class _Trials:
-    """The process that tries grammars; it is started when it is first needed.
-
-    It ends with this object, at the latest with the interpreter.
-    """
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stop: weakref.finalize[..., Any] | None = None
-
-    def finishes(self, grammar: str) -> bool:
-        """Whether the grammar, good or bad, can be compiled in `TRIAL_S`.
-
-        Raises:
-            EngineError: the process cannot be started.
-        """
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._start()
-        try:
-            _write(process, json.dumps(grammar).encode() + b"\n")
-            if _answers(process, TRIAL_S):
-                return True
-        except BrokenPipeError:  # the grammar has ended the process
-            pass
-        self._end()
-        return False
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._end()
-        script = Path(__file__).with_name("grammar_trial.py")
-        # -P: or modules beside the script would stand for those of the standard library.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._process, self._stop = process, weakref.finalize(self, _kill, process)
-        if not _answers(process, TRIAL_START_S):
-            self._end()
-            raise EngineError("the process that tries grammars cannot be started")
-        return process
-
-    def _end(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._process = self._stop = None
-
-
-def _write(process: subprocess.Popen[bytes], line: bytes) -> None:
-    if process.stdin is not None:
-        process.stdin.write(line)
-        process.stdin.flush()
-
-
-def _answers(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Wait for the next line; False when none comes in time, or ever."""
-    if process.stdout is None:
-        return False
-    waiting = select.poll()  # unlike select.select, for any number of open files
-    waiting.register(process.stdout, select.POLLIN)
-    return bool(waiting.poll(1000 * timeout_s)) and bool(process.stdout.readline())
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    with process:  # closes the pipes and waits
-        pass
-
-
 def _refuse(field: str, reason: str) -> InvalidRequestError:
-    reason = _shorten(reason)
+    reason = shorten(reason)
     if reason.startswith("NoExtension"):
         reason = "nothing follows it"
     return InvalidRequestError(f"{field} cannot be used: {reason}", field)
 
 
-def _shorten(reason: str) -> str:
-    """llguidance's reason on one line."""
+def shorten(reason: str) -> str:
+    """Another library's reason on one line."""
     reason = " ".join(reason.replace(NOT_VERBOSE, " ").split())
     return reason if len(reason) <= MAX_REASON_CHARACTERS else reason[:MAX_REASON_CHARACTERS] + "…"

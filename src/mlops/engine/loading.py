@@ -19,6 +19,7 @@ from mlops.engine.batching import Trial, try_out
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
+from mlops.engine.token_bound import TokenBound
 from mlops.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class LoadedModel:
     def guidance(self) -> Guidance:
         """The grammars that its answers may have to follow."""
         return Guidance(self.tokenizer)
+
+    @cached_property
+    def token_bound(self) -> TokenBound:
+        """What tells that a text cannot fit, without tokenizing it."""
+        return TokenBound(self.tokenizer)
 
     @property
     def can_batch(self) -> bool:

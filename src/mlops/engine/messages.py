@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from mlops.engine.fields import check_flag, check_names, invalid, is_encodable, show
+from mlops.engine.fields import check_flag, check_names, invalid, is_encodable, is_longer, show
 from mlops.engine.response_format import MAX_SCHEMA_BYTES, OPTIONS
 from mlops.errors import InvalidRequestError
 
@@ -284,6 +284,8 @@ def _check_encodable(name: str, text: str) -> str:
 
 def _check_json(name: str, value: object, max_bytes: int) -> None:
     """Refuse what templates, and a grammar's compiler, should not get to see."""
+    if is_longer(value, max_bytes):  # before it is written, which nothing interrupts
+        raise InvalidRequestError(f"{name} has more than {max_bytes} bytes as JSON", name)
     if _is_deeper(value, MAX_DEPTH):
         raise InvalidRequestError(f"{name} is nested more than {MAX_DEPTH} deep", name)
     try:

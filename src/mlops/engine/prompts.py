@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlops.counts import count
-from mlops.engine.guidance import json_grammar, lark_grammar
+from mlops.engine.chat_template import refuse, render
+from mlops.engine.guidance import json_grammar, lark_grammar, shorten
 from mlops.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest, TextRequest
 from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
 from mlops.engine.tool_grammar import call_grammar
@@ -29,18 +31,20 @@ def to_generation_request(
     """Build the prompt's token ids and check them against the model's limits.
 
     Any thread may call it: it uses the tokenizer and the configuration, not the model's arrays.
+    What a request says of the answer's form is `add_grammar`'s.
 
     Args:
         max_prompt_tokens: the operator's limit, besides the model's context.
 
     Raises:
         InvalidRequestError: the prompt and the answer do not fit these limits, a token id
-            is not one of the model's, its chat template refuses the messages, it cannot call
-            functions as the request wants it, or no answer can be made to follow the schema.
+            is not one of the model's, its chat template refuses the messages, or it cannot call
+            functions.
     """
-    form = None if request.tools is None else _find_form(loaded.tokenizer)
-    prompt = _tokenize(loaded.tokenizer, request)
+    if request.tools is not None:
+        _find_form(loaded.tokenizer)
     source = request.source
+    prompt = _tokenize(loaded, request, max_prompt_tokens)
     if not prompt:
         raise InvalidRequestError(f"{source} has no tokens; give some text", source)
     if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
@@ -82,23 +86,70 @@ def to_generation_request(
         ignore_eos=request.ignore_eos,
         logprobs=request.logprobs,
         cache_salt=cache_salt,
-        grammar=_compile_grammar(loaded, request, form),
     )
 
 
-def _compile_grammar(
-    loaded: LoadedModel, request: TextRequest, form: ToolForm | None
-) -> str | None:
+def may_need_grammar(request: TextRequest) -> bool:
+    """Whether `add_grammar` has something to do, which may take a second."""
+    return request.json_schema is not None or request.tools is not None
+
+
+def add_grammar(
+    loaded: LoadedModel, request: TextRequest, generation: GenerationRequest
+) -> GenerationRequest:
+    """The generation with the grammar that its answer must follow, compiled.
+
+    Args:
+        generation: what `to_generation_request` made of the request.
+
+    Raises:
+        InvalidRequestError: no answer can be made to follow the schema, or calls of functions
+            cannot be made certain.
+    """
     field, grammar = RESPONSE_FORMAT, None
     if request.json_schema is not None:
         grammar = json_grammar(request.json_schema)
-    if request.tools is not None and form is not None:
+    if request.tools is not None:
+        form = _find_form(loaded.tokenizer)
         lark = call_grammar(loaded.tokenizer, form, request.tools, request.json_schema)
         if lark is not None:
             field, grammar = "tools", lark_grammar(lark)
-    if grammar is not None:
-        loaded.guidance.compile(grammar, field)
-    return grammar
+    if grammar is None:
+        return generation
+    loaded.guidance.compile(grammar, field)
+    return replace(generation, grammar=grammar)
+
+
+def check_may_fit(
+    loaded: LoadedModel, source: str, text: str, max_prompt_tokens: int | None, room: int = 0
+) -> None:
+    """Refuse, before it is tokenized, a text that cannot fit.
+
+    Args:
+        source: the field that brought it, for the message.
+        max_prompt_tokens: the operator's limit, besides the model's context.
+        room: tokens of the context that must be left.
+
+    Raises:
+        PromptTooLongError: it has more tokens, however it is tokenized.
+    """
+    context = loaded.context_tokens
+    limits = [context - room] if context is not None else []
+    limits += [max_prompt_tokens] if max_prompt_tokens is not None else []
+    # A character has at most four bytes, and a byte is a token at most.
+    if not limits or 4 * len(text) <= min(limits):
+        return
+    fewest = loaded.token_bound.fewest_tokens(text)
+    if max_prompt_tokens is not None and fewest > max_prompt_tokens:
+        raise PromptTooLongError(
+            f"{source} has at least {fewest} tokens; this service takes {max_prompt_tokens} at "
+            "most",
+            source,
+        )
+    if context is not None and fewest > context - room:
+        raise PromptTooLongError(
+            f"{source} has at least {fewest} tokens; the model's context is {context}", source
+        )
 
 
 def _find_form(tokenizer: Any) -> ToolForm:
@@ -121,40 +172,53 @@ def _check_known(name: str, tokens: Iterable[int], vocabulary_size: int | None) 
         )
 
 
-def _tokenize(tokenizer: Any, request: TextRequest) -> tuple[int, ...]:
+def _tokenize(
+    loaded: LoadedModel, request: TextRequest, max_prompt_tokens: int | None
+) -> tuple[int, ...]:
     if request.token_ids is not None:
         return request.token_ids
+    tokenizer, text = loaded.tokenizer, request.text
     if request.messages and tokenizer.has_chat_template:
-        return _render(tokenizer, request)
-    if request.source == "messages":
+        text, adds_start = _render(tokenizer, request), False
+    elif request.source == "messages":
         raise InvalidRequestError(
             "this model has no chat template for messages; send text or prompt instead", "messages"
         )
-    # As mlx-lm does: the start token is added unless the text brings it.
-    start = tokenizer.bos_token
-    return tuple(
-        tokenizer.encode(
-            request.text, add_special_tokens=start is None or not request.text.startswith(start)
-        )
-    )
+    else:
+        # As mlx-lm does: the start token is added unless the text brings it.
+        start = tokenizer.bos_token
+        adds_start = start is None or not text.startswith(start)
+    check_may_fit(loaded, request.source, text, max_prompt_tokens, room=1)
+    return tuple(tokenizer.encode(text, add_special_tokens=adds_start))
 
 
-def _render(tokenizer: Any, request: TextRequest) -> tuple[int, ...]:
+def _render(tokenizer: Any, request: TextRequest) -> str:
     """The conversation in the model's own form.
 
     The role `developer` is OpenAI's newer name of `system`: it is called so for a template that
     does not know it.
     """
+    template = tokenizer.chat_template
+    if template is None:
+        return _render_by_program(tokenizer, request)
     messages = [dict(message) for message in request.messages]
-    template = tokenizer.chat_template  # None when it is a program of mlx-lm's
-    if template is not None and "developer" not in str(template):
+    if "developer" not in str(template):
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"
+    return render(tokenizer, messages, request.tools, request.source)
+
+
+def _render_by_program(tokenizer: Any, request: TextRequest) -> str:
+    """The same with a program of mlx-lm's own, which some models have in place of a template."""
     offered = {} if request.tools is None else {"tools": list(request.tools.functions)}
     try:
-        return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **offered))
-    except Exception as exc:  # a template is a program of the checkpoint's: anything may come
-        raise InvalidRequestError(
-            f"the model's chat template refuses {request.source}: {exc}", request.source
-        ) from exc
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in request.messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **offered,
+        )
+    except Exception as exc:  # whatever it does not like
+        raise refuse(request.source, shorten(str(exc))) from exc
+    return text

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlops.engine.fields import check_flag, check_names, invalid, is_encodable
+from mlops.engine.fields import check_flag, check_names, invalid, is_encodable, is_longer
 from mlops.errors import InvalidRequestError
 
 FIELD = "response_format"
@@ -65,6 +65,8 @@ def write_schema(name: str, schema: object) -> str:
         raise invalid(name, schema, "a JSON schema, which is an object")
     if OPTIONS in schema:
         raise InvalidRequestError(f"{name} has the unknown keyword {OPTIONS!r}", name)
+    if is_longer(schema, MAX_SCHEMA_BYTES):  # before it is written, which nothing interrupts
+        raise InvalidRequestError(f"{name} must be at most {MAX_SCHEMA_BYTES} bytes of JSON", name)
     try:
         written = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except RecursionError as exc:

@@ -163,7 +163,7 @@ def _make_decoder(detokenizer: Any) -> _Decoder:
     from mlops.engine.mlx_lm import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 
     if isinstance(detokenizer, BPEStreamingDetokenizer):
-        return _ByteDecoder(detokenizer.tokenmap, _to_bytes_bpe, trims_space=True)
+        return _ByteDecoder(detokenizer.tokenmap, to_bytes_bpe, trims_space=True)
     if isinstance(detokenizer, SPMStreamingDetokenizer):
         return _ByteDecoder(detokenizer.tokenmap, _to_bytes_spm, detokenizer.trim_space)
     return _WindowDecoder(detokenizer._tokenizer.decode)
@@ -196,7 +196,7 @@ class _ByteDecoder:
         return ""  # what is left are bytes of a character that never became one
 
 
-def _to_bytes_bpe(token: str) -> bytes:
+def to_bytes_bpe(token: str) -> bytes:
     """As tokenizers' decoder ByteLevel: a token with another character stands for itself."""
     table = _bytes_of_characters()
     try:

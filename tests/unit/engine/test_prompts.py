@@ -9,6 +9,7 @@ import pytest
 
 from mlops.engine.prompts import to_generation_request
 from mlops.engine.request import GenerationRequest, Sampling, parse_request
+from mlops.engine.token_bound import TokenBound
 from mlops.errors import InvalidRequestError, PromptTooLongError
 
 
@@ -19,29 +20,25 @@ class LetterTokenizer:
     has_chat_template = True
     has_tool_calling = False
 
-    def __init__(self, chat_template: str | None = "", *, says_roles: bool = False) -> None:
-        self.chat_template = chat_template
-        self.says_roles = says_roles
+    chat_template = None  # it is a program
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [1] * add_special_tokens + [ord(one) for one in text]
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool
-    ) -> list[int]:
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize
         if any(message["role"] == "tool" for message in messages):
             raise ValueError("no tools here")
-        text = "".join(
-            message["role"][0] * self.says_roles + message["content"] for message in messages
-        )
-        return [2, *(ord(one) for one in text), *[3] * add_generation_prompt]
+        text = "".join(message["content"] for message in messages)
+        return f"\x02{text}" + "\x03" * add_generation_prompt
 
 
-def generation_of(
-    data: Any, tokenizer: LetterTokenizer | None = None, **how: Any
-) -> GenerationRequest:
+def generation_of(data: Any, **how: Any) -> GenerationRequest:
+    tokenizer = LetterTokenizer()
     numbers = {"context_tokens": 10, "vocabulary_size": 128}
-    loaded: Any = SimpleNamespace(tokenizer=tokenizer or LetterTokenizer(), **numbers)
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer, token_bound=TokenBound(tokenizer), **numbers)
     return to_generation_request(loaded, parse_request(data), **{"adapter": None, **how})
 
 
@@ -50,15 +47,6 @@ def test_a_prompt_becomes_tokens() -> None:
     assert generation_of({"prompt": "\x01ab"}).prompt == (1, 97, 98)
     assert generation_of("ab").prompt == (2, 97, 98, 3)
     assert generation_of({"prompt": [5, 0, 127]}).prompt == (5, 0, 127)
-
-
-@pytest.mark.parametrize(
-    ("template", "letter"), [("{{ system }}", "s"), ("developer or system", "d"), (None, "d")]
-)
-def test_a_developer_is_called_as_the_template_knows_it(template: str | None, letter: str) -> None:
-    data = {"messages": [{"role": "developer", "content": "a"}]}
-    tokenizer = LetterTokenizer(template, says_roles=True)
-    assert generation_of(data, tokenizer).prompt == (2, ord(letter), 97, 3)
 
 
 def test_every_field_is_passed_on() -> None:

@@ -82,6 +82,6 @@ def test_more_answers_than_can_ever_wait_are_refused() -> None:
     runner.max_choices = 31
     runner.load_model()
     with pytest.raises(InvalidRequestError, match="32 answers; .* 31 at most") as refused:
-        Several.begin(runner, [{"prompt": "a", "n": 16}, {"prompt": "b", "n": 16}], 1.0)
+        Several(runner, [{"prompt": "a", "n": 16}, {"prompt": "b", "n": 16}], 1.0)
     assert refused.value.field == "prompt"
     assert not runner.asked

@@ -423,7 +423,7 @@ class RunnerHost:
         if self.text_runner is None:
             raise HTTPException(404, "this service's model does not generate text")
         if not isinstance(input_data, Mapping):
-            return Several.begin(self.text_runner, input_data, deadline_s)
+            return Several(self.text_runner, input_data, deadline_s)
         return self.text_runner.generate(input_data, deadline_s=deadline_s)
 
     async def _generate(self, input_data: Inputs, deadline_s: float) -> Prediction:

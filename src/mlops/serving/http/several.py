@@ -19,25 +19,18 @@ from mlops.serving.runner.merging import merge
 class Several:
     """See `mlops.serving.runner.base.Generating`. Choice k of request i has the index i * n + k.
 
+    They begin one after the other, so other clients' prompts are prepared between them.
+
     Args:
-        parts: a generation for each request.
-        num_choices: of each, n.
+        inputs: requests that differ in their prompts only.
+
+    Raises:
+        InvalidRequestError: they are more than the runner ever takes at once.
     """
 
-    def __init__(self, parts: Sequence[Generating], num_choices: int) -> None:
-        self._parts = parts
-        self._num_choices = num_choices
-
-    @classmethod
-    def begin(
-        cls, runner: TextRunner, inputs: Sequence[Mapping[str, Any]], deadline_s: float
-    ) -> Several:
-        """Begin to answer requests that differ in their prompts only.
-
-        Raises:
-            InvalidRequestError: they are more than the runner ever takes at once.
-            MLOpsError: as `TextRunner.generate`; then none of them is under way.
-        """
+    def __init__(
+        self, runner: TextRunner, inputs: Sequence[Mapping[str, Any]], deadline_s: float
+    ) -> None:
         n = inputs[0].get("n", 1)
         limit = getattr(runner, "max_choices", None)  # of a runner that has one
         if limit is not None and len(inputs) * n > limit:
@@ -46,25 +39,25 @@ class Several:
                 f"{len(inputs) * n} answers; this service takes requests for {limit} at most",
                 "prompt",
             )
-        parts: list[Generating] = []
-        try:
-            for one in inputs:
-                parts.append(runner.generate(one, deadline_s=deadline_s))
-        except BaseException:
-            for part in parts:
-                part.cancel()
-            raise
-        return cls(parts, n)
+        self._runner = runner
+        self._inputs = list(inputs)
+        self._deadline_s = deadline_s
+        self._num_choices = n
+        self._parts: list[Generating] = []
 
     def cancel(self) -> None:
         """End all of them."""
+        self._inputs = []
         for part in self._parts:
             part.cancel()
 
     async def begun(self) -> None:
         """Return once all of them are accepted."""
         try:
-            for part in self._parts:
+            while self._inputs:
+                one = self._inputs.pop(0)
+                part = self._runner.generate(one, deadline_s=self._deadline_s)
+                self._parts.append(part)
                 await part.begun()
         except BaseException:
             self.cancel()

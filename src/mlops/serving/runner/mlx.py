@@ -8,6 +8,7 @@ the model happens in the engine's owner thread, so any thread may call a runner.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlops import engine
+from mlops.engine.embedding import MAX_INPUTS
 from mlops.errors import EngineShutdownError, InvalidRequestError, MLOpsError, ServiceError
 from mlops.serving.runner.answer import Answer, Prepared, read_result
 from mlops.serving.runner.base import Prediction
@@ -101,6 +103,7 @@ class MLXModelRunner:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize")
         # What may take seconds waits for others like it, and not in front of everybody.
         self._tokenizing_long = ThreadPoolExecutor(1, thread_name_prefix="mlops-tokenize-long")
+        self._grammars = ThreadPoolExecutor(1, thread_name_prefix="mlops-grammars")
         # What is loaded dies in the owner thread, even when the runner is only forgotten: the
         # model, and for a language model its engine.
         self._held: list[Any] = []
@@ -154,8 +157,9 @@ class MLXModelRunner:
                 raises.
         """
         running = self._engine
-        thread = self._tokenizing_long if _may_take_long(input_data) else self._tokenizing
-        prepared = thread.submit(self._prepare, running, input_data, deadline_s)
+        prepared: Future[Prepared] = Future()
+        asked = _AskedText(running, input_data, deadline_s, prepared)
+        self._lane_for(input_data).submit(self._begin_text, asked)
         return Answer(prepared, self._to_prediction)
 
     @property
@@ -205,7 +209,8 @@ class MLXModelRunner:
             dimensions,
             deadline_s,
         )
-        self._tokenizing.submit(self._begin_embedding, running, asked, answer)
+        lane = self._lane_for(_longest(inputs))
+        lane.submit(self._begin_embedding, running, asked, answer, lane)
         return answer
 
     @property
@@ -448,28 +453,66 @@ class MLXModelRunner:
                 if isinstance(one, Prepared):
                     one.cancel()
 
-    def _prepare(
-        self, running: engine.Engine, input_data: Input, deadline_s: float | None = None
-    ) -> Prepared:
-        """Check and tokenize a request, and submit each of its choices."""
+    def _lane_for(self, asked: object) -> ThreadPoolExecutor:
+        """The thread that tokenizes this: what may take long holds up its like alone."""
+        is_long = engine.is_longer(asked, LONG_PROMPT)
+        return self._tokenizing_long if is_long else self._tokenizing
+
+    def _prepare(self, running: engine.Engine, input_data: Input) -> Prepared:
+        """Check, tokenize and submit a request."""
+        checked = self._tokenize(running, input_data, None)
+        return self._submit(running, *checked)
+
+    def _begin_text(self, asked: _AskedText) -> None:
+        """Check and tokenize; a grammar, if there is one, is for another thread."""
+        if asked.answer.cancelled():
+            return
+        with asked.failing():
+            request, generation = self._tokenize(asked.running, asked.input_data, asked.deadline_s)
+            if engine.may_need_grammar(request):
+                self._grammars.submit(self._finish_text, asked, request, generation)
+            else:
+                self._finish_text(asked, request, generation)
+
+    def _finish_text(
+        self,
+        asked: _AskedText,
+        request: engine.TextRequest,
+        generation: engine.GenerationRequest,
+    ) -> None:
+        if asked.answer.cancelled():
+            return
+        with asked.failing():
+            asked.succeed(self._submit(asked.running, request, generation))
+
+    def _tokenize(
+        self, running: engine.Engine, input_data: Input, deadline_s: float | None
+    ) -> tuple[engine.TextRequest, engine.GenerationRequest]:
         request = engine.parse_request(input_data)
         if request.n > self.max_choices:
             raise InvalidRequestError(
                 f"n must be from 1 to {self.max_choices} in this service, not {request.n}", "n"
             )
         adapter = request.adapter if request.names_adapter else self.default_adapter
-        generation_request = engine.to_generation_request(
+        return request, engine.to_generation_request(
             running.loaded,
             request,
             adapter=adapter,
             deadline_s=deadline_s,
             max_prompt_tokens=self.engine_config.max_prompt_tokens,
         )
-        prepared = Prepared(
-            generation_request, make_reader=_reader_of(running.loaded, request.tools)
-        )
+
+    def _submit(
+        self,
+        running: engine.Engine,
+        request: engine.TextRequest,
+        generation: engine.GenerationRequest,
+    ) -> Prepared:
+        """Compile the grammar, if there is one, and submit each choice."""
+        generation = engine.add_grammar(running.loaded, request, generation)
+        prepared = Prepared(generation, make_reader=_reader_of(running.loaded, request.tools))
         try:
-            for choice in engine.split_choices(generation_request, request.n):
+            for choice in engine.split_choices(generation, request.n):
                 prepared.generations.append(running.submit(choice))
         except MLOpsError:
             prepared.cancel()
@@ -481,6 +524,7 @@ class MLXModelRunner:
         running: engine.Engine,
         asked: _AskedEmbeddings,
         answer: Future[engine.EmbeddingResult],
+        lane: ThreadPoolExecutor,
     ) -> None:
         """Tokenize and submit; after some tokens others' prompts go first."""
         try:
@@ -491,7 +535,7 @@ class MLXModelRunner:
                 if answer.cancelled():
                     return
                 if num_tokens > TOKENIZED_AT_ONCE:
-                    self._tokenizing.submit(self._begin_embedding, running, asked, answer)
+                    lane.submit(self._begin_embedding, running, asked, answer, lane)
                     return
             running.embed(asked.to_request(), answer)
         except BaseException as exc:  # a tokenizer may raise what is no Exception
@@ -633,6 +677,36 @@ class _FoundAdapter:
 
 
 @dataclass(frozen=True)
+class _AskedText:
+    """A request for text, while it is prepared.
+
+    Attributes:
+        input_data: as the client sent it.
+        answer: set once it is submitted; cancelled when nobody waits for it any more.
+    """
+
+    running: engine.Engine
+    input_data: Mapping[str, Any]
+    deadline_s: float | None
+    answer: Future[Prepared]
+
+    def succeed(self, prepared: Prepared) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_result(prepared)
+        else:
+            prepared.cancel()
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Whatever is raised in this block becomes the answer."""
+        try:
+            yield
+        except BaseException as exc:  # a tokenizer may raise what is no Exception
+            if self.answer.set_running_or_notify_cancel():
+                self.answer.set_exception(engine.to_exception(exc))
+
+
+@dataclass(frozen=True)
 class _AskedEmbeddings:
     """A request for embeddings, while it is tokenized.
 
@@ -676,14 +750,12 @@ def _to_choice(prepared: Prepared, result: engine.GenerationResult) -> dict[str,
     return choice
 
 
-def _may_take_long(input_data: Mapping[str, Any]) -> bool:
-    """Whether a request, not checked yet, has a schema, functions or a very long prompt."""
-    if input_data.get("response_format") or input_data.get("tools"):
-        return True
-    prompts = [input_data.get(name) for name in engine.PROMPT_FIELDS]
-    if isinstance(messages := input_data.get("messages"), list):
-        prompts += [one.get("content") for one in messages if isinstance(one, Mapping)]
-    return sum(len(one) for one in prompts if isinstance(one, str | list)) > LONG_PROMPT
+def _longest(inputs: Any) -> Any:
+    """The longest of several texts for embeddings: a thread tokenizes them one by one."""
+    if not isinstance(inputs, list | tuple) or isinstance(next(iter(inputs), 0), int):
+        return inputs
+    texts = [one for one in inputs[:MAX_INPUTS] if isinstance(one, str | list | tuple)]
+    return max(texts, key=len, default="")
 
 
 def _has_mlx() -> bool:
