@@ -334,8 +334,9 @@ def test_keys_are_nowhere_to_be_seen(client: TestClient, caplog: pytest.LogCaptu
     assert KEY not in shown
 
 
-def test_with_nothing_to_guard_nothing_is_in_the_way() -> None:
-    assert [one.cls.__name__ for one in guards(HTTPSettings())] == ["Failures"]  # type: ignore[attr-defined]
+def test_without_settings_only_names_are_looked_at() -> None:
+    kinds = [one.cls.__name__ for one in guards(HTTPSettings())]  # type: ignore[attr-defined]
+    assert kinds == ["Failures", "Hosts"]
 
 
 # How much.

@@ -243,16 +243,26 @@ def amounts() -> Rule:
 def origins() -> Rule:
     """Origins of web pages; between commas in the environment."""
     origin = text(pattern=r"\*|https?://[A-Za-z0-9.\[\]:_-]+")
+    return _several(origin, "origins such as https://example.com, or *")
 
+
+def host_names() -> Rule:
+    """What clients may call a server, without a port; between commas in the environment."""
+    ipv6 = r"[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
+    name = text(pattern=rf"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|{ipv6}")
+    return _several(name, "host names such as models.example.com or *.example.com, or *")
+
+
+def _several(line: Rule, allowed: str) -> Rule:
     def accept(value: Any) -> tuple[str, ...]:
         if not isinstance(value, list | tuple) or len(value) > 100:
             raise ValueError
-        return tuple(origin.accept(item) for item in value)
+        return tuple(line.accept(item) for item in value)
 
     def parse(written: str) -> list[str]:
         return [part.strip() for part in written.split(",")]
 
-    return Rule("a list of at most 100 origins such as https://example.com, or *", accept, parse)
+    return Rule(f"a list of at most 100 {allowed}", accept, parse)
 
 
 def optional(rule: Rule) -> Rule:

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mlops.hardware.open_files import raise_open_file_limit
 from mlops.serving.http import RunnerHost
 from mlops.serving.http.errors import head_too_large, too_many_connections
+from mlops.serving.http.paths import LISTENS_ON
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,8 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.head_since_s = time.monotonic()
+        scope: Any = self.scope
+        scope[LISTENS_ON] = _addresses(self._server)
 
     def on_headers_complete(self) -> None:
         self._has_got_on, self.head_since_s = True, None
@@ -194,6 +197,12 @@ class Connection(HttpToolsProtocol):
         if self.is_idle:  # else there is, or will be, another answer
             self.transport.write(head_too_large(MAX_HEAD_BYTES))
         self.transport.close()
+
+
+def _addresses(server: uvicorn.Server) -> tuple[str, ...]:
+    """What the server listens on; () for sockets without an address."""
+    names = [one.getsockname() for open_ in server.servers for one in open_.sockets]
+    return tuple(name[0] for name in names if isinstance(name, tuple))
 
 
 async def _look(

@@ -33,6 +33,9 @@ class HTTPOptions(CheckedFields):
         requests_per_minute: of one key, or of one address where there are no keys; above it 429.
         max_concurrent_requests: the same, of requests that are answered at one time.
         cors_origins: web pages of these origins may read the answers; `*` is any.
+        allowed_hosts: names that the service is reached by, such as "models.example.com" or
+            "*.example.com"; requests for others get 421. Without any, a service without keys that
+            listens on 127.0.0.1 answers to this machine's own names, and others to every name.
         log_requests: write a line for each request: id, route, status, adapter, tokens, times.
         log_prompts: let that line hold what was asked.
         log_format: "text", or "json" with one object on each line.
@@ -51,6 +54,7 @@ class HTTPOptions(CheckedFields):
     requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     log_requests: bool = True
     log_prompts: bool = False
     log_format: LogFormat | str = LogFormat.TEXT
@@ -66,6 +70,7 @@ class HTTPOptions(CheckedFields):
         "requests_per_minute": allow.optional(allow.whole_number(1, 1_000_000)),
         "max_concurrent_requests": allow.optional(allow.whole_number(1, 100_000)),
         "cors_origins": allow.origins(),
+        "allowed_hosts": allow.host_names(),
         "log_requests": allow.flag(),
         "log_prompts": allow.flag(),
         "log_format": allow.choice(LogFormat),
@@ -96,6 +101,7 @@ class HTTPOptions(CheckedFields):
             requests_per_minute=self.requests_per_minute,
             max_concurrent_requests=self.max_concurrent_requests,
             cors_origins=self.cors_origins,
+            allowed_hosts=self.allowed_hosts,
             log_requests=self.log_requests,
             log_prompts=self.log_prompts,
             enable_metrics=enable_metrics,

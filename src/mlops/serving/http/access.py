@@ -28,6 +28,7 @@ from mlops.errors import ConfigError
 from mlops.hardware.home import expand
 from mlops.serving.http import docs_page
 from mlops.serving.http.errors import Failures
+from mlops.serving.http.hosts import Hosts
 from mlops.serving.http.limits import Limits
 from mlops.serving.http.paths import client_of, is_handed_over, route_path
 from mlops.serving.http.records import record_of
@@ -51,7 +52,7 @@ def guards(settings: HTTPSettings, limits: Limits | None = None) -> list[Middlew
     Args:
         limits: of each client, where they may change; otherwise those of the settings.
     """
-    chain = [Middleware(Failures)]
+    chain = [Middleware(Failures), Middleware(Hosts, settings=settings)]
     if settings.cors_origins:
         # Outermost: a browser hides an error from its page when the headers are missing. A page
         # sends its key itself, never a cookie, so any header and method may be asked for.

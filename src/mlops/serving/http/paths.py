@@ -44,6 +44,16 @@ def client_of(scope: Mapping[str, Any]) -> str:
     return str(scope.get(_HANDED_OVER, ""))
 
 
+LISTENS_ON = "mlops.listens_on"
+"""In a scope: the addresses that the server listens on, where it says so."""
+
+
+def listens_on(scope: Mapping[str, Any]) -> tuple[str, ...]:
+    """The addresses that a request's server listens on; else the one that the client came by."""
+    known = scope.get(LISTENS_ON) or (scope.get("server") or ("",))[:1]
+    return tuple(str(address) for address in known)
+
+
 _PLAIN_KEYS = (
     *("type", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
     *("root_path", "headers", "client", "server"),

@@ -341,8 +341,8 @@ def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
     Raises:
         InvalidRequestError: says of the first field that is wrong what it must be.
     """
+    _check_names(kind, body)
     given = {name: value for name, value in body.items() if value is not None}
-    _check_names(kind, given)
     try:
         return kind.model_validate(given)
     except ValidationError as exc:
@@ -354,13 +354,13 @@ def _check_names(kind: type[_Body], given: Mapping[str, Any], path: str = "") ->
     """Refuse unknown fields, before pydantic makes an error of each of a hundred thousand."""
     fields = _fields(kind)
     for name, value in given.items():
-        if name not in fields:
+        if name not in fields and value is not None:
             raise InvalidRequestError(
                 f"unknown field {show(path + name)}; allowed are "
                 f"{', '.join(path + field for field in fields)}",
                 path + name[:64],
             )
-        inner = fields[name]
+        inner = fields.get(name)
         if inner is not None and isinstance(value, Mapping):
             _check_names(inner, value, f"{path}{name}.")
 

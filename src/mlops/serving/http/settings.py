@@ -16,6 +16,8 @@ class HTTPSettings:
         requests_per_minute: of one key, or of one address where there are no keys.
         max_concurrent_requests: of one key, or of one address where there are no keys.
         cors_origins: web pages of these origins may read the answers; `*` is any.
+        allowed_hosts: names in `Host` that the service answers to, `*.` for all below one; none
+            leaves it to where it listens (`http.hosts`).
         log_requests: write a line for each request.
         log_prompts: let that line hold the prompt.
         enable_metrics: False makes `/metrics` unknown.
@@ -29,6 +31,7 @@ class HTTPSettings:
     requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     log_requests: bool = True
     log_prompts: bool = False
     enable_metrics: bool = True
