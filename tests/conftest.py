@@ -6,9 +6,11 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from bentoml_store import look_again
 from mlops.hardware import ensure_blas
@@ -25,30 +27,39 @@ settings.load_profile("patient")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 ensure_blas()  # before any test imports MLX
 
-TESTS = Path(__file__).parent
 LEVELS = ("unit", "docs", "integration", "attacks", "e2e")
 RAY = "ray"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(_level(item))
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        item.add_marker(_level(item.nodeid))
     # Ray's take longest and mostly wait, so they are begun first; a plain mistake shows early.
-    items.sort(key=lambda item: (_group(item) != RAY, LEVELS.index(_level(item))))
+    items.sort(key=lambda item: (_group(item.nodeid) != RAY, LEVELS.index(_level(item.nodeid))))
 
 
-def _level(item: pytest.Item) -> str:
-    return item.path.relative_to(TESTS).parts[0]
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Groups(config, log)
 
 
-def _group(item: pytest.Item) -> str:
-    """What one process runs in one go, because it shares what is slow to start."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    document = getattr(parameters.get("block"), "document", item.path)  # of a documented block
-    if document.name == "scaling.md" or TESTS / "e2e" / "ray" in document.parents:
-        return RAY  # one cluster at a time
-    return str(document)
+class Groups(LoadScopeScheduling):
+    """Gives a process all tests at once that share what is slow to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def _level(nodeid: str) -> str:
+    return nodeid.split("/")[1]
+
+
+def _group(nodeid: str) -> str:
+    """A file's tests, or those of one document; those of Ray are one, for they share a cluster."""
+    file, _, test = nodeid.partition("::")
+    document = test.partition("test_block[")[2].partition(":")[0]
+    if file.startswith("tests/e2e/ray/") or document == "docs/scaling.md":
+        return RAY
+    return document or file
 
 
 @pytest.fixture

@@ -68,8 +68,8 @@ class Runner(MLXModelRunner):
         self.faulty = Faulty(loaded.model)
         return super()._start_engine(replace(loaded, model=cast("Any", self.faulty)))
 
-    def _prepare(self, *arguments: Any, **options: Any) -> Prepared:
-        prepared = super()._prepare(*arguments, **options)
+    def _submit(self, *arguments: Any, **options: Any) -> Prepared:
+        prepared = super()._submit(*arguments, **options)
         for generation in prepared.generations:
             cancel = generation.cancel
 

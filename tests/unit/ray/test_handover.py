@@ -97,7 +97,11 @@ def scope_of(path: str = "/predict") -> dict[str, Any]:
     return {
         **{"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http"},
         **{"path": path, "root_path": "", "query_string": b"", "client": ("192.0.2.7", 5)},
-        "headers": [(b"content-type", b"application/json"), (b"x-request-id", b"id-1")],
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"x-request-id", b"id-1"),
+        ],
     }
 
 

@@ -31,7 +31,6 @@ from mlops.serving.http.docs_page import docs_routes
 from mlops.serving.http.embeddings import post_embeddings
 from mlops.serving.http.errors import error_response
 from mlops.serving.http.front import Front
-from mlops.serving.http.heads import OneHost
 from mlops.serving.http.models import Models
 from mlops.serving.http.monitoring import Monitoring
 from mlops.serving.http.paths import route_path, speaks_openai
@@ -60,7 +59,6 @@ def create_app(
             *middleware,
             Middleware(Front, served=served),
             *guards(served.settings, served.limits),
-            Middleware(OneHost),
         ],
         exception_handlers={HTTPException: _failed, Exception: _failed},
     )

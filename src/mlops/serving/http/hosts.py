@@ -1,4 +1,4 @@
-"""Which names a service answers to, and redirects that repeat none.
+"""Which names a service answers to; one `Host` in each request; redirects that repeat none.
 
 A web page whose name leads to 127.0.0.1 (DNS rebinding) could ask a service that is meant for this
 machine alone, as if it were the page's own server. What gives it away is the name in `Host`.
@@ -24,12 +24,15 @@ _SAFE = ":/%#?=@[]!$&'()*+,;"
 
 
 class Hosts:
-    """ASGI middleware: refuses, with 421, requests for hosts that are not this service's.
+    """ASGI middleware: refuses requests for hosts that are not this service's, with 421.
+
+    Before that, with 400, those of HTTP/1.1 without a `Host`, and all with several: two let a proxy
+    and the service disagree about whom is asked (RFC 9112, 3.2).
 
     With `allowed_hosts`, those are the names in it. Without, any name will do, unless the service
     has no keys and listens on this machine's own addresses (127.0.0.1, ::1) alone. Always allowed
     are `localhost` and all below it, these addresses, and the one that the client has connected to.
-    A request without `Host` is let in: no browser sends one.
+    A request of HTTP/1.0 without `Host` is let in: no browser sends one.
     """
 
     def __init__(self, app: ASGIApp, settings: HTTPSettings) -> None:
@@ -41,11 +44,15 @@ class Hosts:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if not is_handed_over(scope) and self._is_checked(scope):
-            for name, value in scope["headers"]:
-                if name == b"host" and not self._is_allowed(value.decode("latin-1"), scope):
-                    await self._refuse(value.decode("latin-1"), scope, send)
-                    return
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) > 1 or (not hosts and scope.get("http_version") == "1.1"):
+            await _refuse(400, f"a request has one Host header, not {len(hosts)}", scope, send)
+            return
+        if hosts and not is_handed_over(scope) and self._is_checked(scope):
+            (host,) = hosts
+            if not self._is_allowed(host, scope):
+                await _refuse(421, _why(host), scope, send)
+                return
 
         async def send_relative(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -70,15 +77,19 @@ class Hosts:
             for one in self._allowed
         )
 
-    async def _refuse(self, host: str, scope: Scope, send: Send) -> None:
-        shown = ascii(host[:MAX_SHOWN]) + ("…" if len(host) > MAX_SHOWN else "")
-        reason = (
-            f"this service does not answer to the host {shown}: ask for it by its address, or let "
-            "its operator add the name to http.allowed_hosts"
-        )
-        if scope["type"] == "http":
-            raise HTTPException(421, reason)
-        await send({"type": "websocket.close", "code": 1008, "reason": "unknown host"})
+
+def _why(host: str) -> str:
+    shown = ascii(host[:MAX_SHOWN]) + ("…" if len(host) > MAX_SHOWN else "")
+    return (
+        f"this service does not answer to the host {shown}: ask for it by its address, or let "
+        "its operator add the name to http.allowed_hosts"
+    )
+
+
+async def _refuse(status: int, reason: str, scope: Scope, send: Send) -> None:
+    if scope["type"] == "http":
+        raise HTTPException(status, reason)
+    await send({"type": "websocket.close", "code": 1008, "reason": "unknown host"})
 
 
 def _name(host: str) -> str:
