@@ -112,11 +112,14 @@ def test_malformed_requests(server: ServingProcess, sent: bytes) -> None:
         (b"GET /livez\r\n\r\n", {200, 400}),  # no version
         (b"GET /livez HTTP/1.0\r\n\r\n", {200}),
         (b"GET http://elsewhere/livez HTTP/1.1\r\nHost: localhost\r\n\r\n", {200}),
-        (b"GET /nowhere HTTP/1.1\r\nHost: [::\r\n\r\n", {400, 404}),
-        (b"GET /nowhere HTTP/1.1\r\nHost: a b\xff:99999999\r\n\r\n", {400, 404}),
+        (b"GET /nowhere HTTP/1.1\r\nHost: [::\r\n\r\n", {400, 421}),
+        (b"GET /nowhere HTTP/1.1\r\nHost: a b\xff:99999999\r\n\r\n", {400, 421}),
         (b"GET /%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
         (b"GET /static_content/%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
-        (b"GET /static_content/..%2f..%2fetc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", {400, 404}),
+        (
+            b"GET /static_content/..%2f..%2fetc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            {400, 404},
+        ),
         (b"GET /%ff%fe%ed%a0%80 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
         (b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
         (b"GET /livez?" + b"a=%ff&" * 5000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", {200}),
@@ -124,17 +127,20 @@ def test_malformed_requests(server: ServingProcess, sent: bytes) -> None:
             b"GET /livez?" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
             {200, 400, 431},
         ),
-        (b"GET /livez HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 60_000 + b"\r\n\r\n", {200}),
-        (b"GET /livez HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 5000 + b"\r\n", {200, 431}),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 60_000 + b"\r\n\r\n", {200}),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 5000 + b"\r\n", {200, 431}),
         (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404, 405}),
         (b"DELETE /predict HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
         (b"HEAD /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", {200}),
         (
-            b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
             {400, 403, 404, 426},
         ),
-        (b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", {200}),
+        (
+            b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+            {200},
+        ),
         (COUNT, {200}),
         (
             POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),

@@ -103,7 +103,8 @@ def test_a_log_that_cannot_be_written_costs_nobody_anything(
     for number in range(100):
         logger.info("line %d", number)
     said = capfd.readouterr().err
-    assert said.count("lacks lines until it can be written") == 1
+    told_by_the_command = obstacle in {"no folder", "no file"}
+    assert said.count("lacks lines until it can be written") == (0 if told_by_the_command else 1)
     assert "Traceback" not in said
     match obstacle:
         case "no folder":
