@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mlops.serving.bentoml.config import BentoMLConfig
     from mlops.serving.ray import Deployed
+    from mlops.serving.ray.running import RunningApplication
 
 DEPLOY_EPILOG = """Examples:
 
@@ -33,12 +37,27 @@ SCALE_EPILOG = """Examples:
 """
 UNDEPLOY_EPILOG = "Example: mlops undeploy support-helpdesk"
 
+MAX_REPLICAS = 1000
+INTERRUPTED = 130
+UNFOLDED = 10_000
+"""Columns of a table that nobody looks at."""
+
+_OPTIONS = {
+    "BentoMLConfig.ray_address": "--ray-address",
+    "BentoMLConfig.serving_backend": "--backend",
+    "BentoMLConfig.host": "--host",
+    "BentoMLConfig.port": "--port",
+    "RayOptions.route_prefix": "--route-prefix",
+    "RayOptions.model_source": "--model-source",
+}
+
 Address = Annotated[
     str | None,
     typer.Option(help="The cluster: auto (one that runs here), HOST:PORT, or local (start one)."),
 ]
 Application = Annotated[str, typer.Argument(help="The application, as `mlops status` names it.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait until it answers.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def deploy(
@@ -64,22 +83,24 @@ def deploy(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what `serve deploy` takes; do nothing.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a Bento on a Ray cluster, or update it there without losing a request."""
     from mlops.serving.ray.cluster import LOCAL
 
-    settings = _settings(
-        config,
-        ray={"model_source": model_source, "route_prefix": route_prefix},
-        ray_address=ray_address,
-        serving_backend=backend,
-        host=host,
-        port=port,
-        **_replicas(replicas),
-    )
+    with _naming_options():
+        settings = _settings(
+            config,
+            ray={"model_source": model_source, "route_prefix": route_prefix},
+            ray_address=ray_address,
+            serving_backend=backend,
+            host=host,
+            port=port,
+            **_replicas(replicas),
+        )
     adapters = _adapters(adapter or [])
     if dry_run:
-        _print_serve_config(bento, settings, adapters)
+        _print_serve_config(bento, settings, adapters, as_json)
         return
     from mlops.serving.ray import deploy as deploy_bento
 
@@ -87,58 +108,46 @@ def deploy(
         deployed = deploy_bento(
             bento, settings, adapters=adapters, timeout_s=timeout, progress=tell
         )
-    _print_deployed(deployed)
+    if as_json:
+        _print_json(_as_dict(deployed))
+    else:
+        _print_deployed(deployed)
     if settings.ray_address == LOCAL:
-        typer.echo("The cluster is this command's own: Ctrl-C ends both.")
+        typer.echo("The cluster is this command's own: Ctrl-C ends both.", err=as_json)
         _wait_for_signal(deployed.ray_address)
-        _end(deployed.application, deployed.ray_address)
+        _end(deployed.ray_address)
 
 
 def status(
     ray_address: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List what is deployed on a Ray cluster."""
     from mlops.serving.ray import status as find_running
-    from mlops.serving.ray.deploy import describe
 
-    running = find_running(ray_address)
+    applications = find_running(ray_address)
     if as_json:
-        rows = [
-            {
-                "application": one.name,
-                "project": one.plan.config.project_name,
-                "bento_tag": one.plan.tag,
-                "digest": one.plan.digest,
-                "status": one.status,
-                "message": one.message,
-                "replicas": dict(one.replicas),
-                "target_replicas": one.target,
-                "route_prefix": one.plan.route_prefix,
-                "adapters": [*one.plan.adapters, *one.plan.added],
-            }
-            for one in running
-        ]
-        typer.echo(json.dumps(rows, indent=1))
+        _print_json([_status_row(one) for one in applications])
         return
-    if not running:
-        typer.echo("nothing is deployed; `mlops deploy NAME:TAG` does that")
+    if not applications:
+        typer.echo("nothing is deployed; `mlops deploy NAME` does that")
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("application", "project", "bento", "status", "replicas", "route"):
         table.add_column(heading, overflow="fold")
-    for one in running:
-        plan = one.plan
-        cells = (one.name, plan.config.project_name, plan.tag, one.status)
-        table.add_row(*map(Text, (*cells, describe(one), plan.route_prefix)))
-    Console().print(table)
-    for one in running:
+    for one in applications:
+        project, route = "", ""
+        if one.plan is not None:
+            project, route = one.plan.config.project_name, one.plan.route_prefix
+        cells = (one.name, project, one.tag, one.status, one.replica_states, route)
+        table.add_row(*map(Text, cells))
+    _console().print(table)
+    for one in applications:
         if one.message:
-            from mlops.serving.ray.cluster import reason_of
+            from mlops.serving.ray.running import reason_of
 
             typer.echo(f"{one.name}: {reason_of(one.message)}")
 
@@ -148,6 +157,7 @@ def scale(
     replicas: Annotated[str, typer.Argument(help="A number, or the fewest and the most: 1:4.")],
     ray_address: Address = None,
     timeout: Timeout = 600,
+    as_json: AsJson = False,
 ) -> None:
     """Change how many replicas an application has."""
     from mlops.serving.ray import scale as scale_application
@@ -157,33 +167,56 @@ def scale(
         deployed = scale_application(
             application, (low, high), ray_address, timeout_s=timeout, progress=tell
         )
-    typer.echo(f"{application}: {deployed.num_replicas} replicas answer at {deployed.url}")
+    if as_json:
+        _print_json(_as_dict(deployed))
+        return
+    from mlops.serving.ray.running import counted
+
+    num = deployed.num_replicas
+    typer.echo(
+        f"{application}: {counted(num, 'replica')} {'answers' if num == 1 else 'answer'} "
+        f"at {deployed.url}"
+    )
 
 
-def undeploy(application: Application, ray_address: Address = None) -> None:
+def undeploy(
+    application: Application,
+    ray_address: Address = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds to wait; by default as long as its requests may take."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Take an application away, once it has answered what it is answering."""
     from mlops.serving.ray import undeploy as take_away
 
-    with _progress(f"taking {application} away"):
-        take_away(application, ray_address)
-    typer.echo(f"{application} is gone")
+    with _progress(f"taking {application} away") as tell:
+        take_away(application, ray_address, timeout_s=timeout, progress=tell)
+    if as_json:
+        _print_json({"application": application, "status": "gone"})
+    else:
+        typer.echo(f"{application} is gone")
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
     """The fewest and the most of `2` or `1:4`.
 
     Raises:
-        ConfigError: the text is neither.
+        ConfigError: the text is neither, or the numbers cannot be.
     """
     from mlops.errors import ConfigError
 
     low, colon, high = text.partition(":")
     try:
         numbers = int(low), int(high if colon else low)
-    except ValueError as exc:
+    except ValueError:
+        numbers = 0, 0
+    if not 1 <= numbers[0] <= numbers[1] <= MAX_REPLICAS:
         raise ConfigError(
-            f"replicas {text!r} are not allowed; use a number such as 2, or 1:4"
-        ) from exc
+            f"{text!r} replicas are not allowed; use a number from 1 to {MAX_REPLICAS}, or the "
+            "fewest and the most, such as 1:4"
+        )
     return numbers
 
 
@@ -207,6 +240,21 @@ def _settings(config: Path | None, *, ray: Mapping[str, Any], **arguments: Any) 
     return settings
 
 
+@contextmanager
+def _naming_options() -> Iterator[None]:
+    """Let an error about a field blame the option that sets it."""
+    from mlops.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as exc:
+        field, found, rest = str(exc).partition(" = ")
+        option = _OPTIONS.get(field)
+        if not (found and option):
+            raise
+        raise ConfigError(f"{option} {rest.replace('; or None', '')}") from exc
+
+
 def _adapters(given: list[str]) -> dict[str, str]:
     from mlops.errors import ConfigError
 
@@ -221,19 +269,28 @@ def _adapters(given: list[str]) -> dict[str, str]:
     return {name: tag for name, _, tag in pairs}
 
 
-def _print_serve_config(bento: str, settings: BentoMLConfig, adapters: dict[str, str]) -> None:
+def _print_serve_config(
+    bento: str, settings: BentoMLConfig, adapters: dict[str, str], as_json: bool
+) -> None:
     import yaml
 
     from mlops.serving.ray.deploy import with_adapters
     from mlops.serving.ray.deployment import Plan
 
-    plan = with_adapters(Plan.make(bento, settings), adapters)
-    typer.echo(yaml.safe_dump(plan.to_serve_config(), sort_keys=False, allow_unicode=True))
+    wanted = with_adapters(Plan.make(bento, settings), adapters).to_serve_config()
+    if as_json:
+        _print_json(wanted)
+    else:
+        typer.echo(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
 
 
 def _print_deployed(deployed: Deployed) -> None:
+    from mlops.serving.ray.running import counted
+
     typer.echo(f"{deployed.bento_tag} answers at {deployed.url}")
-    typer.echo(f"  application  {deployed.application}, {deployed.num_replicas} replicas")
+    typer.echo(
+        f"  application  {deployed.application}, {counted(deployed.num_replicas, 'replica')}"
+    )
     typer.echo(f"  cluster      {deployed.ray_address}")
     if deployed.dashboard_url:
         typer.echo(f"  dashboard    {deployed.dashboard_url}")
@@ -242,25 +299,67 @@ def _print_deployed(deployed: Deployed) -> None:
     typer.echo(f'  ask          mlops predict "Hello" --url {deployed.url}')
 
 
+def _as_dict(deployed: Deployed) -> dict[str, Any]:
+    values = asdict(deployed)
+    return {**values, "log_folder": values["log_folder"] and str(values["log_folder"])}
+
+
+def _status_row(one: RunningApplication) -> dict[str, Any]:
+    """Null is what Ray Serve does not tell, such as while an application is taken away."""
+    plan = one.plan
+    return {
+        "application": one.name,
+        "project": plan and plan.config.project_name,
+        "bento_tag": plan and plan.tag,
+        "digest": plan and plan.digest,
+        "status": one.status,
+        "message": one.message,
+        "replicas": dict(one.replicas),
+        "target_replicas": one.target,
+        "route_prefix": plan and plan.route_prefix,
+        "adapters": [*plan.adapters, *plan.added] if plan else [],
+    }
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _console() -> Console:
+    """Lines fold at the terminal's width, and nowhere in a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=UNFOLDED)
+
+
 @contextmanager
 def _progress(title: str) -> Iterator[Any]:
-    """A line that says how far it is; where nobody looks, one for each change."""
+    """A line that says how far it is; where nobody looks, one for each change.
+
+    Ctrl-C leaves with what it has interrupted, and what goes on.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        last = ""
+    last = ""
 
-        def tell_once(state: str) -> None:
-            nonlocal last
-            if state != last:
-                last = state
-                typer.echo(f"{title}: {state}", err=True)
+    def tell_once(state: str) -> None:
+        nonlocal last
+        if state != last:
+            last = state
+            typer.echo(f"{title}: {state}", err=True)
 
-        yield tell_once
-        return
-    with console.status(title) as line:
-        yield lambda state: line.update(f"{title}: {state}")
+    try:
+        if not console.is_terminal:
+            yield tell_once
+        else:
+            with console.status(title) as line:
+                yield lambda state: line.update(f"{title}: {state}")
+    except KeyboardInterrupt as exc:
+        for note in getattr(exc, "__notes__", ["interrupted"]):
+            typer.echo(note, err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _wait_for_signal(ray_address: str) -> None:
@@ -281,23 +380,23 @@ def _wait_for_signal(ray_address: str) -> None:
         check_listens(ray_address)
 
 
-def _end(application: str, ray_address: str) -> None:
-    """Let running requests end, and the cluster after them.
+def _end(ray_address: str) -> None:
+    """Let running requests of all applications end, and the cluster after them.
 
     Raises:
         DeploymentError: the cluster is gone already: a signal has reached all of its processes.
     """
-    import threading
-
     import ray
 
+    from mlops.errors import DeploymentError
+    from mlops.serving.ray import status as find_running
     from mlops.serving.ray import undeploy as take_away
     from mlops.serving.ray.cluster import check_listens
 
     typer.echo("ending: running requests are answered first", err=True)
-    ending = threading.Thread(target=take_away, args=(application, "local"), daemon=True)
-    ending.start()
-    while ending.is_alive():
-        check_listens(ray_address)
-        ending.join(0.5)
+    for one in find_running("local"):
+        try:
+            take_away(one.name, "local")
+        except DeploymentError:
+            check_listens(ray_address)  # it was taken away from elsewhere
     ray.shutdown()

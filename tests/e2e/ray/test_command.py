@@ -41,7 +41,22 @@ def test_a_cluster_of_its_own_ends_when_its_requests_have(home: Path, tmp_path: 
         assert f"answers at {server.url}" in server.told()
         assert "dashboard    http://" in server.told()
 
+        # Nothing listens outside of this machine, but what Ray gives no choice in.
         (replica,) = processes("ray::ServeReplica", of=server.process.pid)
+        everything = [server.process.pid, *psutil.Process(server.process.pid).children(True)]
+        outside = [
+            process.pid
+            for process in map(lambda one: psutil.Process(getattr(one, "pid", one)), everything)
+            for socket_ in process.net_connections("inet")
+            if socket_.status == psutil.CONN_LISTEN and "127.0.0.1" not in socket_.laddr.ip
+        ]
+        assert outside == [replica.pid]  # its gRPC port, which asks for the token
+        told = mlops("status", home=home, RAY_ADDRESS="")
+        assert "tests-waiting" in told.stdout, told.stderr
+        refused = mlops("status", home=home, RAY_ADDRESS="", RAY_AUTH_TOKEN="another")
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+        assert "wants another token" in refused.stderr
+
         assert replica.nice() == psutil.Process().nice()
 
         # SIGTERM under load: what runs is answered, and then everything is gone.
@@ -130,9 +145,11 @@ def test_what_the_dry_run_prints_is_what_ray_serve_takes(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--replicas", "3:1"), "ray_max_replicas = 1 is not allowed"),
-        (("--backend", "lambda"), "serving_backend = 'lambda' is not allowed"),
-        (("--route-prefix", "chat"), "route_prefix = 'chat' is not allowed"),
+        (("--replicas", "3:1"), "'3:1' replicas are not allowed; use a number from 1 to 1000"),
+        (("--replicas", "0"), "'0' replicas are not allowed; use a number from 1 to 1000"),
+        (("--backend", "lambda"), "--backend 'lambda' is not allowed; use"),
+        (("--route-prefix", "chat"), "--route-prefix 'chat' is not allowed; use"),
+        (("--host", "here"), "--host 'here' is not allowed; use"),
         (("--adapter", "formal"), "use NAME=TAG"),
         (("--config", "nothing.yaml"), "nothing.yaml cannot be read"),
     ],
@@ -143,6 +160,7 @@ def test_what_cannot_be_is_said_before_anything_starts(
     done = mlops("deploy", "tiny:1.0.0", "--ray-address", "local", *arguments, home=home)
     assert done.returncode == 1
     assert said in done.stderr
+    assert " or None" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 from ray.serve.schema import ApplicationDetails
 
 from mlops.errors import DeploymentError, MLOpsError
-from mlops.serving.ray.cluster import RunningApplication, reason_of, translated
-from mlops.serving.ray.deployment import Plan
+from mlops.serving.ray.cluster import translated
+from mlops.serving.ray.deployment import IMPORT_PATH, Plan
+from mlops.serving.ray.running import RunningApplication, counted, reason_of, room_missing
 
 PLAN = Plan("chat:1.0.0", "sha256:" + "1" * 64, {"service_name": "chat", "project_name": "support"})
 
@@ -82,15 +84,26 @@ def test_a_reason_is_one_line_that_can_be_read(text: str, times: int) -> None:
     assert reason_of(f"ValueError: {'x' * 10**6}").startswith("ValueError: xxx")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("two\nlines"), RuntimeError(""), ConnectionError("gone"), TimeoutError()],
-)
-def test_rays_errors_are_ours(error: Exception) -> None:
-    with pytest.raises(DeploymentError) as caught, translated("10.0.0.1:6379"):
-        raise error
+ERRORS = [
+    *(ValueError("two\nlines"), RuntimeError(""), ConnectionError("gone"), TimeoutError()),
+    *(GetTimeoutError("too slow"), ActorDiedError(), RayError("something")),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_rays_errors_are_ours(error: Exception, is_there: bool) -> None:
+    with socket.socket() as gcs:
+        gcs.bind(("127.0.0.1", 0))
+        if is_there:
+            gcs.listen()
+        address = f"127.0.0.1:{gcs.getsockname()[1]}"
+        with pytest.raises(DeploymentError) as caught, translated(address):
+            raise error
     assert caught.value.__cause__ is error
     assert "\n" not in str(caught.value)
+    if not isinstance(error, ValueError):
+        assert (" is gone: " in str(caught.value)) is not is_there
 
 
 def test_our_errors_and_mistakes_stay_as_they_are() -> None:
@@ -104,7 +117,9 @@ def test_our_errors_and_mistakes_stay_as_they_are() -> None:
 
 
 def replica(state: str, number: int) -> dict[str, Any]:
-    return {"replica_id": f"r{number}", "state": state, "start_time_s": 0.0, "pid": number}
+    told = {"replica_id": f"r{number}", "state": state, "start_time_s": 0.0, "pid": number}
+    place = {} if state == "STARTING" else {"node_id": "1"}
+    return {**told, **place, "actor_name": f"SERVE_REPLICA::support-chat#chat#r{number}"}
 
 
 def deployment(
@@ -156,9 +171,11 @@ def test_an_application_of_ours_is_read(mode: str) -> None:
         "",
         {"RUNNING": 2, "STARTING": 1, "STOPPING": 1},
         3,
-        is_from_file=False,
+        needs={"CPU": 1},
+        unplaced=("SERVE_REPLICA::support-chat#chat#r1",),
     )
-    assert found.num_running == 2
+    assert (found.num_running, found.tag) == (2, "chat:1.0.0")
+    assert found.replica_states == "2 running, 1 starting, 1 stopping of 3"
 
 
 def test_why_it_failed_is_what_its_deployment_says() -> None:
@@ -170,7 +187,6 @@ def test_why_it_failed_is_what_its_deployment_says() -> None:
         message="Failed to update the deployments ['chat'].",
     )
     found = RunningApplication.read("support-chat", told)
-    assert found is not None
     assert (found.status, found.num_running) == ("DEPLOY_FAILED", 0)
     assert reason_of(found.message) == TOLD
 
@@ -178,7 +194,6 @@ def test_why_it_failed_is_what_its_deployment_says() -> None:
 def test_what_the_application_alone_says_is_told() -> None:
     told = details(deployment(PLAN_CONFIG), status="DEPLOY_FAILED", message="no such module")
     found = RunningApplication.read("support-chat", told)
-    assert found is not None
     assert found.message == "no such module"
 
 
@@ -195,16 +210,49 @@ def test_what_the_application_alone_says_is_told() -> None:
 )
 def test_the_applications_of_others_are_none_of_ours(user_config: Any) -> None:
     told = details(deployment(user_config, "RUNNING", target=1))
-    assert RunningApplication.read("other", told) is None
+    found = RunningApplication.read("other", told)
+    assert (found.plan, found.is_foreign, found.status) == (None, True, "RUNNING")
 
 
-def test_an_application_that_is_being_made_has_no_deployments_yet() -> None:
-    told = details(status="DEPLOYING")
-    assert RunningApplication.read("support-chat", told) is None
+@pytest.mark.parametrize("status", ["DEPLOYING", "DELETING"])
+def test_an_application_without_deployments_has_a_state_all_the_same(status: str) -> None:
+    found = RunningApplication.read("support-chat", details(status=status))
+    assert (found.plan, found.is_foreign, found.status) == (None, False, status)
+    assert (found.tag, found.replica_states) == ("", "")
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_of_an_application_from_a_file_the_file_tells(is_ours: bool) -> None:
+    """Ray is still building it: there are no deployments."""
+    path = IMPORT_PATH if is_ours else "theirs:app"
+    file = {"name": "support-chat", "import_path": path, "args": PLAN.to_dict()}
+    told = {**details(status="DEPLOYING"), "source": "declarative", "deployed_app_config": file}
+    found = RunningApplication.read("support-chat", told)
+    assert (found.plan, found.is_foreign) == ((PLAN, False) if is_ours else (None, True))
+    assert found.is_from_file
+
+
+def test_room_is_counted_by_node() -> None:
+    needs = {"CPU": 1.0, "memory": 2.0**30}
+    total = {"a": {"CPU": 2.0, "memory": 2.0**31}, "b": {"CPU": 0.5}}
+    assert room_missing(needs, total, total) == ""
+    free = {"a": {"CPU": 0.5, "memory": 2.0**30}, "b": {"CPU": 0.5}}
+    assert room_missing(needs, free, total) == (
+        "no node has room for a replica, which takes 1 CPU, 1024 MB of memory: "
+        "a has 0.5 CPU, 1024 MB of memory free of 2 CPU, 2048 MB of memory; "
+        "b has 0.5 CPU, 0 MB of memory free of 0.5 CPU, 0 MB of memory"
+    )
+    many = {f"n{number}": {"CPU": 0.1} for number in range(20)}
+    assert room_missing(needs, {}, many).endswith("; 12 more have no room either")
+
+
+def test_what_is_counted_agrees() -> None:
+    assert [counted(number, "replica") for number in (0, 1, 2)] == [
+        *("0 replicas", "1 replica", "2 replicas"),
+    ]
 
 
 def test_ours_is_found_among_other_deployments() -> None:
     told = details(deployment(None, "RUNNING"), deployment(PLAN_CONFIG, "STARTING", target=1))
     found = RunningApplication.read("support-chat", told)
-    assert found is not None
     assert (found.plan, found.replicas, found.target) == (PLAN, {"STARTING": 1}, 1)

@@ -16,28 +16,40 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlops.errors import DeploymentError, MissingDependencyError, MLOpsError
 from mlops.hardware.home import expand
 from mlops.serving.bentoml.config import BentoMLConfig
-from mlops.serving.ray.deployment import Plan
+from mlops.serving.ray.running import DELETING, RunningApplication, reason_of, room_missing
 
 AUTO = "auto"
 LOCAL = "local"
 LISTENS_S = 5.0
+WATCH_S = 0.5
 ASK_TRIES = 4
 
-SERVING_ENVIRONMENT = {"RAY_worker_niceness": "0"}
-"""For `ray start`: replicas run with the priority of any other server. Ray's own choice, 15, lets
-whatever else runs on the machine go first."""
+SERVING_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""For `ray start`. Replicas run with the priority of any other server: Ray's own choice, 15, lets
+whatever else runs on the machine go first. A proxy that died is replaced after three failed checks,
+which Ray itself makes every 10 s."""
 
 _LOCAL_ENVIRONMENT = {**SERVING_ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}
-_MAX_REASON = 2000
+_SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_REPLICA = "SERVE_REPLICA::"
+_REFUSALS = ("InvalidAuthToken", "couldn't find an authentication token")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,14 @@ class Cluster:
         dashboard_url: None where it has none.
         log_folder: of this machine's part of it.
         is_local: it ends with this process.
+        is_left: it is gone, or whoever waited for it does not wait any more.
     """
 
     address: str
     dashboard_url: str | None
     log_folder: Path | None
     is_local: bool
+    is_left: threading.Event = field(default_factory=threading.Event)
 
     @property
     def num_gpus(self) -> float:
@@ -123,66 +137,102 @@ class Cluster:
                     ServeDeploySchema(applications=list(wanted.values()), target_capacity=capacity)
                 )
 
-    def running(self) -> dict[str, RunningApplication]:
-        """The Serve applications of this toolkit, by name; {} where Serve does not run."""
+    def applications(self) -> dict[str, RunningApplication]:
+        """All applications of Ray Serve, by name; {} where it does not run.
+
+        Raises:
+            DeploymentError: the cluster is gone, or Ray Serve does not answer.
+        """
+        if self.is_left.is_set():  # else Ray would connect again, or start a cluster
+            raise DeploymentError("this connection to the cluster has ended", "deploy")
         if not _serve_runs():
             return {}
         with translated(self.address):
             details = _client().get_serve_details()["applications"]
-        found = (RunningApplication.read(name, one) for name, one in details.items())
-        return {one.name: one for one in found if one is not None}
+        found = {name: RunningApplication.read(name, one) for name, one in details.items()}
+        if any(one.status == DELETING for one in found.values()):
+            left = self._num_replicas_left()
+            for name, one in found.items():
+                if one.status == DELETING and left[name]:  # Ray Serve does not tell of these
+                    found[name] = replace(one, replicas={"STOPPING": left[name]})
+        return found
 
+    def _num_replicas_left(self) -> Counter[str]:
+        """Replicas whose actors exist, by application."""
+        from ray.util import list_named_actors
 
-@dataclass(frozen=True)
-class RunningApplication:
-    """A Serve application of this toolkit's, as the cluster tells of it.
+        with translated(self.address):
+            names = [one["name"] for one in list_named_actors(all_namespaces=True)]
+        replicas = [name.removeprefix(_REPLICA) for name in names if name.startswith(_REPLICA)]
+        return Counter(name.partition("#")[0] for name in replicas)
 
-    Attributes:
-        status: Ray Serve's: RUNNING, DEPLOYING, DEPLOY_FAILED, UNHEALTHY, DELETING, …
-        message: Ray Serve's, of the application or of its deployment; "" when all is well.
-        replicas: how many there are, by Ray Serve's name for their state.
-        target: how many there are to be.
-        is_from_file: `serve deploy` or KubeRay asked for it.
-    """
+    def begin_delete(self, application: RunningApplication) -> None:
+        """Have an application taken away; `applications` shows when it is gone.
 
-    name: str
-    plan: Plan
-    status: str
-    message: str
-    replicas: Mapping[str, int]
-    target: int
-    is_from_file: bool
+        Its replicas have their `timeout` for the requests that they are answering.
+        """
+        from ray import serve
 
-    @classmethod
-    def read(cls, name: str, details: Mapping[str, Any]) -> RunningApplication | None:
-        """What Ray Serve tells of an application; None when it is none of this toolkit's."""
-        for one in (details.get("deployments") or {}).values():
-            user_config = one["deployment_config"].get("user_config") or {}
-            if not isinstance(user_config, Mapping) or "plan" not in user_config:
-                continue
+        with translated(self.address):
+            serve.delete(application.name, _blocking=False)
+        self.drop_unplaced(application)
+
+    def drop_unplaced(self, application: RunningApplication) -> None:
+        """End replicas that no node has taken: Ray would wait for their requests to end."""
+        import ray
+
+        with translated(self.address):
+            for name in application.unplaced:
+                with contextlib.suppress(ValueError):  # it has ended by itself
+                    ray.kill(ray.get_actor(name, namespace="serve"))
+
+    def room_missing(self, application: RunningApplication) -> str:
+        """Why replicas that no node has taken get no place; "" when all have one."""
+        if not application.unplaced or self.address.startswith("ray://"):
+            return ""
+        import ray
+        from ray._private.state import available_resources_per_node, total_resources_per_node
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        with translated(self.address):
+            waiting = get_cluster_status(self.address).resource_demands.ray_task_actor_demand
+            bundles = [one.bundle for kind in waiting for one in kind.bundles_by_count]
+            if application.needs not in bundles:  # a node has taken it, and starts its process
+                return ""
+            names = {one["NodeID"]: one["NodeManagerAddress"] for one in ray.nodes()}
+            free, total = available_resources_per_node(), total_resources_per_node()
+        total = {node: has for node, has in total.items() if node in names}
+        labels = {node: f"{names[node]} ({node[:6]})" for node in total}
+        return room_missing(
+            application.needs,
+            {labels[node]: free.get(node, {}) for node in total},
+            {labels[node]: has for node, has in total.items()},
+        )
+
+    def watched(self, work: Callable[[], Result]) -> Result:
+        """Do what waits for the cluster; ends at once when that is gone.
+
+        Ray itself would log for a minute, and then end the process. So the work has a thread.
+
+        Raises:
+            DeploymentError: the cluster is gone, or what the work raised.
+        """
+        outcome: Future[Result] = Future()
+
+        def run() -> None:
             try:
-                plan = Plan.from_dict(user_config["plan"])
-            except DeploymentError:
-                continue
-            states: dict[str, int] = {}
-            for replica in one["replicas"]:
-                state = _text(replica["state"])
-                states[state] = states.get(state, 0) + 1
-            return cls(
-                name,
-                plan,
-                _text(details["status"]),
-                one.get("message") or details.get("message") or "",
-                states,
-                one.get("target_num_replicas") or 0,
-                _text(details.get("source")) == "declarative",
-            )
-        return None
+                outcome.set_result(work())
+            except BaseException as exc:
+                outcome.set_exception(exc)
 
-    @property
-    def num_running(self) -> int:
-        """Replicas that answer."""
-        return self.replicas.get("RUNNING", 0)
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            while not wait([outcome], WATCH_S).done:
+                check_listens(self.address)
+        except BaseException:
+            self.is_left.set()
+            raise
+        return outcome.result()
 
 
 @contextlib.contextmanager
@@ -204,7 +254,8 @@ def connected(address: str | None = None) -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        if not was_connected and not cluster.is_local:
+        # A cluster that is left in the middle may be gone: Ray would wait for it.
+        if not was_connected and not cluster.is_local and not cluster.is_left.is_set():
             ray.shutdown()
 
 
@@ -230,8 +281,12 @@ def use_token() -> None:
 def _connect(address: str) -> Cluster:
     import ray
 
-    if not ray.is_initialized() and ":" in (known := _known_address(address)):
-        check_listens(known, address)  # Ray itself tries for minutes
+    if not ray.is_initialized():
+        known = _known_address(address)
+        if known == LOCAL or _is_loopback(known):
+            _use_loopback()
+        if ":" in known:
+            check_answers(known, address)
     logging.getLogger("ray.serve").addFilter(_is_warning)  # it tells each step
     is_local = address == LOCAL
     if is_local:
@@ -266,7 +321,59 @@ def _known_address(address: str) -> str:
         return named
     with contextlib.suppress(OSError):
         return Path(tempfile.gettempdir(), "ray", "ray_current_cluster").read_text().strip()
-    return AUTO
+    from ray._private.services import find_gcs_addresses
+
+    find_gcs_addresses.cache_clear()
+    running = find_gcs_addresses()  # those of other programs, such as `mlops deploy`
+    return str(next(iter(running))) if len(running) == 1 else AUTO
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def _use_loopback() -> None:
+    """Let Ray take 127.0.0.1 for what it is, and let a cluster that it starts listen there alone.
+
+    On Linux it takes this machine's outer address instead, unless it is told, before it is
+    imported, that there are no clusters of several machines. On macOS that is its default.
+    """
+    from ray._private import ray_constants
+
+    if os.environ.setdefault(_SEVERAL_MACHINES, "0") == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def check_answers(address: str, asked_for: str | None = None) -> None:
+    """See that a cluster answers, and takes this user's token; Ray itself tries for minutes.
+
+    Args:
+        address: `HOST:PORT` or `ray://HOST:PORT`.
+        asked_for: the address by the user's name for it.
+
+    Raises:
+        DeploymentError: it does not.
+    """
+    check_listens(address, asked_for)
+    if address.startswith("ray://"):
+        return
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import CheckAliveReply, CheckAliveRequest
+    from ray.exceptions import AuthenticationError
+
+    try:
+        with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            ask = channel.unary_unary(
+                "/ray.rpc.NodeInfoGcsService/CheckAlive",
+                request_serializer=CheckAliveRequest.SerializeToString,
+                response_deserializer=CheckAliveReply.FromString,
+            )
+            ask(CheckAliveRequest(), timeout=LISTENS_S)
+    except (grpc.RpcError, AuthenticationError) as exc:
+        reason = exc.details() if isinstance(exc, grpc.Call) else str(exc)
+        raise _no_cluster(asked_for or address, ConnectionError(reason)) from exc
 
 
 def check_listens(address: str, asked_for: str | None = None) -> None:
@@ -287,7 +394,7 @@ def check_listens(address: str, asked_for: str | None = None) -> None:
 
 def _no_cluster(address: str, exc: Exception) -> DeploymentError:
     details = {"ray_address": address}
-    is_refused = "InvalidAuthToken" in f"{exc} {exc.__cause__}"
+    is_refused = any(one in f"{exc} {exc.__cause__}" for one in _REFUSALS)
     if address == AUTO and isinstance(exc, OSError) and not is_refused:
         message = (
             "no Ray cluster runs here: start one with `ray start --head`, name another with "
@@ -297,8 +404,8 @@ def _no_cluster(address: str, exc: Exception) -> DeploymentError:
         message = f"Ray could not be started here: {_first_line(exc)}"
     elif is_refused:
         message = (
-            f"the Ray cluster at {address} refuses this user's token: copy ~/.ray/auth_token from "
-            "its head node, or set RAY_AUTH_TOKEN"
+            f"the Ray cluster at {address} wants another token than this user has, or one at all: "
+            "copy ~/.ray/auth_token from its head node, or set RAY_AUTH_TOKEN"
         )
     elif isinstance(exc, OSError):
         message = f"no Ray cluster answers at {address}: {_first_line(exc)}"
@@ -324,22 +431,18 @@ def translated(address: str) -> Iterator[None]:
     except (RayServeException, ValueError) as exc:
         raise DeploymentError(f"Ray Serve refused: {reason_of(str(exc))}", "deploy") from exc
     except (RayError, ConnectionError, RuntimeError, TimeoutError) as exc:
+        details = {"ray_address": address}
+        try:
+            check_listens(address)
+        except DeploymentError:
+            message = f"the Ray cluster at {address} is gone: {reason_of(str(exc))}"
+            raise DeploymentError(message, "deploy", details) from exc
         raise DeploymentError(
-            f"the Ray cluster at {address} is gone, or does not answer: {reason_of(str(exc))}",
+            f"the Ray cluster at {address} runs, but Ray Serve does not answer on it: "
+            f"{reason_of(str(exc))}; try again, `mlops status` shows what runs",
             "deploy",
-            {"ray_address": address},
+            details,
         ) from exc
-
-
-def reason_of(text: str) -> str:
-    """The last error in a traceback that Ray tells, as one sentence; else the text's last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in reversed(lines):
-        name, colon, rest = line.partition(": ")
-        if colon and name.rpartition(".")[2].endswith(("Error", "Exception")) and " " not in name:
-            is_ours = name.startswith("mlops.")
-            return (rest if is_ours else f"{name.rpartition('.')[2]}: {rest}")[:_MAX_REASON]
-    return (lines[-1] if lines else "no reason was given")[:_MAX_REASON]
 
 
 def serve_url() -> str:
@@ -363,11 +466,6 @@ def _serve_runs() -> bool:
 
 def _is_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
-
-
-def _text(value: Any) -> str:
-    """The text of what Ray tells as an enumeration."""
-    return str(getattr(value, "value", value))
 
 
 def check_port(host: str, port: int) -> None:

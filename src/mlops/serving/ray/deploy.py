@@ -8,6 +8,7 @@ the deployment goes back to what it was: the old replicas are still there.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,19 +21,19 @@ from mlops.serving.bentoml.config import BentoMLConfig
 from mlops.serving.ray.cluster import (
     LOCAL,
     Cluster,
-    RunningApplication,
     check_port,
     connected,
     is_connected,
-    reason_of,
     serve_url,
     translated,
 )
 from mlops.serving.ray.deployment import Plan
+from mlops.serving.ray.running import DELETING, RunningApplication, counted, reason_of
 
 TIMEOUT_S = 600.0
 POLL_S = 0.25
 UNHEALTHY_S = 20.0
+PLACED_S = 3.0
 _OPERATION = "deploy"
 
 Progress = Callable[[str], None]
@@ -88,26 +89,32 @@ def deploy(
         check_port(plan.config.host, plan.config.port)
         tell("starting Ray")
     with connected(plan.config.ray_address) as cluster:
-        before = cluster.running().get(plan.application)
-        if before is not None:
-            _check_same_service(plan, before)
-            _check_not_from_file(before)
-        share(plan, tell)
-        cluster.start_serve(plan.config)
-        cluster.forget_file(plan.application)
-        if before is not None and before.plan.version == plan.version:
-            _check_adapters(plan, cluster)
+        before = cluster.watched(lambda: _prepare(plan, cluster, tell))
         return _run(plan, before, cluster, timeout_s, tell)
 
 
+def _prepare(plan: Plan, cluster: Cluster, tell: Progress) -> RunningApplication | None:
+    """All that comes before Ray Serve is told; returns what runs under the plan's name."""
+    before = cluster.applications().get(plan.application)
+    if before is not None:
+        _check_same_service(plan, before)
+        _check_not_from_file(before)
+    share(plan, tell)
+    cluster.start_serve(plan.config)
+    cluster.forget_file(plan.application)
+    if before is not None and before.plan is not None and before.plan.version == plan.version:
+        _check_adapters(plan, cluster)
+    return before
+
+
 def status(ray_address: str | None = None) -> list[RunningApplication]:
-    """What runs on a cluster.
+    """All applications of Ray Serve on a cluster, others' among them, in whatever state.
 
     Raises:
         DeploymentError: there is no cluster.
     """
     with connected(ray_address) as cluster:
-        return list(cluster.running().values())
+        return cluster.watched(lambda: list(cluster.applications().values()))
 
 
 def scale(
@@ -129,27 +136,77 @@ def scale(
     """
     low, high = (replicas, replicas) if isinstance(replicas, int) else replicas
     with connected(ray_address) as cluster:
-        before = _find(application, cluster)
+        before = cluster.watched(lambda: _find(application, cluster))
         _check_not_from_file(before)
+        if before.plan is None:
+            raise DeploymentError(
+                f"the application {application!r} is {before.status}: it cannot be scaled now",
+                _OPERATION,
+                {"application": application},
+            )
         plan = before.plan.with_config(ray_min_replicas=low, ray_max_replicas=high)
         if plan.config.http.enable_runtime_adapters and high > 1:
             raise ConfigError("http.enable_runtime_adapters needs one replica; this asks for more")
         return _run(plan, before, cluster, timeout_s, progress or (lambda _: None))
 
 
-def undeploy(application: str, ray_address: str | None = None) -> None:
-    """Take an application away; what it is answering is answered first.
+def undeploy(
+    application: str,
+    ray_address: str | None = None,
+    *,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Take an application away, and wait until what it is answering is answered.
+
+    Args:
+        timeout_s: how long to wait; by default as long as its requests may take, which is its
+            `timeout`.
 
     Raises:
-        DeploymentError: there is no such application.
+        DeploymentError: there is no such application, or it is not gone in time.
     """
     with connected(ray_address) as cluster:
-        from ray import serve  # not before: see `use_token`
 
-        _find(application, cluster)
-        cluster.forget_file(application)
-        with translated(cluster.address):
-            serve.delete(application)
+        def take_away() -> None:
+            found = _find(application, cluster)
+            cluster.forget_file(application)
+            cluster.begin_delete(found)
+            _wait_until_gone(application, cluster, timeout_s, progress or (lambda _: None))
+
+        try:
+            cluster.watched(take_away)
+        except KeyboardInterrupt as exc:
+            exc.add_note(
+                f"interrupted: if {application} was there, it goes on ending; `mlops status` shows "
+                "how far it is"
+            )
+            raise
+
+
+def _wait_until_gone(
+    application: str, cluster: Cluster, timeout_s: float | None, tell: Progress
+) -> None:
+    began_s = time.monotonic()
+    is_deleting = False
+    while (now := cluster.applications().get(application)) is not None:
+        if is_deleting and now.status != DELETING:
+            raise DeploymentError(
+                f"the application {application!r} was deployed again while it was taken away",
+                _OPERATION,
+                {"application": application},
+            )
+        is_deleting = now.status == DELETING
+        left = counted(sum(now.replicas.values()), "replica")
+        if timeout_s is not None and time.monotonic() - began_s > timeout_s:
+            raise DeploymentError(
+                f"the application {application!r} is not gone after {timeout_s:g} s: {left} to "
+                "end. It goes on ending: `mlops status` shows how far it is",
+                _OPERATION,
+                {"application": application},
+            )
+        tell(f"{left} to end")
+        time.sleep(POLL_S)
 
 
 def with_adapters(plan: Plan, adapters: Mapping[str, str]) -> Plan:
@@ -190,6 +247,15 @@ def _check_not_from_file(before: RunningApplication) -> None:
 
 
 def _check_same_service(plan: Plan, before: RunningApplication) -> None:
+    if before.is_foreign:
+        raise DeploymentError(
+            f"the application {plan.application!r} on this cluster is no service of this toolkit: "
+            "give this one another service_name",
+            _OPERATION,
+            {"application": plan.application},
+        )
+    if before.plan is None:
+        return
     ours, theirs = plan.config, before.plan.config
     if (ours.project_name, ours.service_name) != (theirs.project_name, theirs.service_name):
         raise DeploymentError(
@@ -227,12 +293,23 @@ def _run(
     timeout_s: float,
     tell: Progress,
 ) -> Deployed:
-    _apply(plan, cluster)
+    plan = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))  # as Ray Serve tells of it
+
+    def apply_and_wait() -> int:
+        _apply(plan, cluster)
+        if before is not None and before.plan is not None and before.plan.version != plan.version:
+            cluster.drop_unplaced(before)
+        try:
+            return _wait(plan, before, cluster, timeout_s, tell)
+        except DeploymentError as exc:
+            if "failed" in exc.details:
+                raise _take_back(plan, before, cluster, exc, tell) from exc
+            raise
+
     try:
-        num_replicas = _wait(plan, cluster, timeout_s, tell)
-    except DeploymentError as exc:
-        if "failed" in exc.details:
-            raise _take_back(plan, before, cluster, exc) from exc
+        num_replicas = cluster.watched(apply_and_wait)
+    except KeyboardInterrupt as exc:
+        exc.add_note(_how_to_take_back(plan, before, cluster))
         raise
     return Deployed(
         plan.application,
@@ -242,6 +319,20 @@ def _run(
         cluster.address,
         cluster.dashboard_url,
         cluster.log_folder,
+    )
+
+
+def _how_to_take_back(plan: Plan, before: RunningApplication | None, cluster: Cluster) -> str:
+    if cluster.is_local:
+        return "interrupted: the cluster ends, and nothing is deployed"
+    going_back = (
+        f"`mlops undeploy {plan.application}` takes it away"
+        if before is None or before.plan is None
+        else f"`mlops deploy {before.plan.tag}` goes back to what was there"
+    )
+    return (
+        f"interrupted: the deployment of {plan.tag} goes on; `mlops status` shows how far it is, "
+        f"and {going_back}"
     )
 
 
@@ -258,16 +349,30 @@ def _apply(plan: Plan, cluster: Cluster) -> None:
     cluster.ask(lambda: serve.run_many([target], wait_for_applications_running=False))
 
 
-def _wait(plan: Plan, cluster: Cluster, timeout_s: float, tell: Progress) -> int:
+def _wait(
+    plan: Plan,
+    before: RunningApplication | None,
+    cluster: Cluster,
+    timeout_s: float,
+    tell: Progress,
+) -> int:
     """Return how many replicas answer, once those that are to are there."""
     low, high = plan.config.ray_replicas
     give_up_s = time.monotonic() + timeout_s
-    well_s = time.monotonic()
+    well_s = placed_s = time.monotonic()
+    was_seen = False
     while True:
-        now = cluster.running().get(plan.application)
-        if now is None or now.status != "UNHEALTHY":
+        now = cluster.applications().get(plan.application)
+        was_seen = was_seen or (now is not None and now.plan == plan)
+        now = _not_overtaken(plan, before, now, was_seen)
+        if now.status != "UNHEALTHY":
             well_s = time.monotonic()
-        if now is not None and now.plan.version == plan.version:
+        if not now.unplaced:
+            placed_s = time.monotonic()
+        state = now.replica_states or "Ray Serve does not know it yet"
+        if time.monotonic() - placed_s > PLACED_S and (missing := cluster.room_missing(now)):
+            state += f"; {missing}"
+        if now.plan == plan:
             num_all = sum(now.replicas.values())
             if now.status == "RUNNING" and low <= now.num_running <= num_all <= high:
                 return now.num_running
@@ -278,34 +383,64 @@ def _wait(plan: Plan, cluster: Cluster, timeout_s: float, tell: Progress) -> int
                     _OPERATION,
                     {"application": plan.application, "failed": now.status},
                 )
-            tell(describe(now))
+        tell(state)
         if time.monotonic() > give_up_s:
-            state = "Ray Serve does not know it yet" if now is None else describe(now)
-            reason = reason_of(now.message) if now and now.message else "Ray gives no reason"
+            if now.message and not now.unplaced:
+                state += f"; {reason_of(now.message)}"
             raise DeploymentError(
-                f"{plan.tag} does not run after {timeout_s:g} s: {state}; {reason}. It goes on "
-                "starting: `mlops status` shows how far it is",
+                f"{plan.tag} does not run after {timeout_s:g} s: {state}. It goes on starting: "
+                "`mlops status` shows how far it is",
                 _OPERATION,
                 {"application": plan.application},
             )
         time.sleep(POLL_S)
 
 
-def describe(application: RunningApplication) -> str:
-    """The state of an application's replicas in a few words."""
-    states = [f"{count} {state.lower()}" for state, count in sorted(application.replicas.items())]
-    return f"{', '.join(states) or 'no replica yet'} of {application.target}"
+def _not_overtaken(
+    plan: Plan,
+    before: RunningApplication | None,
+    now: RunningApplication | None,
+    was_seen: bool,
+) -> RunningApplication:
+    """What runs, when it is still what Ray Serve was told to run.
+
+    Args:
+        was_seen: Ray Serve has told of the plan. Until then it may tell of what was there before.
+
+    Raises:
+        DeploymentError: Ray Serve was told something else since; says what.
+    """
+    if now is None or now.status == DELETING:
+        by = f"`mlops undeploy {plan.application}`"
+    elif (
+        now.plan is None
+        or now.plan == plan
+        or (not was_seen and before and now.plan == before.plan)
+    ):
+        return now
+    else:
+        low, high = now.plan.config.ray_replicas
+        by = (
+            f"a deployment of {now.plan.tag} with {f'{low}:{high}' if low < high else low} replicas"
+        )
+    raise DeploymentError(
+        f"the deployment of {plan.tag} was overtaken by {by}: `mlops status` shows what runs",
+        _OPERATION,
+        {"application": plan.application},
+    )
 
 
 def _take_back(
-    plan: Plan, before: RunningApplication | None, cluster: Cluster, exc: DeploymentError
+    plan: Plan,
+    before: RunningApplication | None,
+    cluster: Cluster,
+    exc: DeploymentError,
+    tell: Progress,
 ) -> DeploymentError:
     """Leave things as they were; returns the error that says so."""
-    from ray import serve
-
-    if before is None:
-        with translated(cluster.address):
-            serve.delete(plan.application)
+    if before is None or before.plan is None:
+        cluster.begin_delete(_find(plan.application, cluster))
+        _wait_until_gone(plan.application, cluster, None, tell)
         return exc
     _apply(before.plan, cluster)
     return DeploymentError(
@@ -314,12 +449,18 @@ def _take_back(
 
 
 def _find(application: str, cluster: Cluster) -> RunningApplication:
-    running = cluster.running()
-    if application not in running:
-        known = ", ".join(sorted(running)) or "none"
+    running = cluster.applications()
+    found = running.get(application)
+    if found is None or found.is_foreign:
+        known = ", ".join(sorted(one.name for one in running.values() if not one.is_foreign))
+        what = (
+            f"no application {application!r}"
+            if found is None
+            else (f"an application {application!r}, which is no service of this toolkit,")
+        )
         raise DeploymentError(
-            f"there is no application {application!r} on this cluster; there is: {known}",
+            f"there is {what} on this cluster; there is: {known or 'none'}",
             _OPERATION,
             {"application": application},
         )
-    return running[application]
+    return found

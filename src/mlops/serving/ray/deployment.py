@@ -79,7 +79,7 @@ class Plan:
         settings.to_ray_serve_config()  # refuses what cannot be
         if settings.http.enable_runtime_adapters and settings.ray_replicas[1] > 1:
             raise ConfigError(
-                "http.enable_runtime_adapters needs one replica (ray_max_replicas = 1), for a "
+                "http.enable_runtime_adapters needs one replica (`--replicas 1`), for a "
                 "client reaches one of several; add adapters to all with `mlops deploy --adapter`"
             )
         return cls(
