@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -43,17 +44,18 @@ def test_a_cluster_of_its_own_ends_when_its_requests_have(home: Path, tmp_path: 
 
         # Nothing listens outside of this machine, but what Ray gives no choice in.
         (replica,) = processes("ray::ServeReplica", of=server.process.pid)
-        everything = [server.process.pid, *psutil.Process(server.process.pid).children(True)]
+        command_process = psutil.Process(server.process.pid)
         outside = [
             process.pid
-            for process in map(lambda one: psutil.Process(getattr(one, "pid", one)), everything)
-            for socket_ in process.net_connections("inet")
-            if socket_.status == psutil.CONN_LISTEN and "127.0.0.1" not in socket_.laddr.ip
+            for process in (command_process, *command_process.children(recursive=True))
+            for one in process.net_connections("inet")
+            if one.status == psutil.CONN_LISTEN and "127.0.0.1" not in one.laddr.ip
         ]
         assert outside == [replica.pid]  # its gRPC port, which asks for the token
-        told = mlops("status", home=home, RAY_ADDRESS="")
+        address = re.findall(r"cluster +(\S+)", server.told())[0]
+        told = mlops("status", "--ray-address", address, home=home)
         assert "tests-waiting" in told.stdout, told.stderr
-        refused = mlops("status", home=home, RAY_ADDRESS="", RAY_AUTH_TOKEN="another")
+        refused = mlops("status", "--ray-address", address, home=home, RAY_AUTH_TOKEN="another")
         assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
         assert "wants another token" in refused.stderr
 

@@ -166,7 +166,7 @@ class Cluster:
         replicas = [name.removeprefix(_REPLICA) for name in names if name.startswith(_REPLICA)]
         return Counter(name.partition("#")[0] for name in replicas)
 
-    def begin_delete(self, application: RunningApplication) -> None:
+    def begin_delete(self, application: str) -> None:
         """Have an application taken away; `applications` shows when it is gone.
 
         Its replicas have their `timeout` for the requests that they are answering.
@@ -174,11 +174,13 @@ class Cluster:
         from ray import serve
 
         with translated(self.address):
-            serve.delete(application.name, _blocking=False)
-        self.drop_unplaced(application)
+            serve.delete(application, _blocking=False)
 
     def drop_unplaced(self, application: RunningApplication) -> None:
-        """End replicas that no node has taken: Ray would wait for their requests to end."""
+        """End replicas that no node has taken: Ray would wait for their requests to end.
+
+        Not before Ray Serve has said that it wants them no more; it would start others.
+        """
         import ray
 
         with translated(self.address):
@@ -314,7 +316,11 @@ def _connect(address: str) -> Cluster:
 
 
 def _known_address(address: str) -> str:
-    """Where "auto" leads, as far as this machine knows: the variable, else the cluster here."""
+    """Where "auto" leads, as far as this machine knows: the variable, else the cluster here.
+
+    Raises:
+        DeploymentError: there are several here.
+    """
     if address != AUTO:
         return address
     if named := os.environ.get("RAY_ADDRESS"):
@@ -324,8 +330,13 @@ def _known_address(address: str) -> str:
     from ray._private.services import find_gcs_addresses
 
     find_gcs_addresses.cache_clear()
-    running = find_gcs_addresses()  # those of other programs, such as `mlops deploy`
-    return str(next(iter(running))) if len(running) == 1 else AUTO
+    running = sorted(find_gcs_addresses())  # other programs', such as `mlops deploy`
+    if len(running) > 1:
+        raise DeploymentError(
+            f"several Ray clusters run here: choose one with --ray-address, {' or '.join(running)}",
+            "connect",
+        )
+    return running[0] if running else AUTO
 
 
 def _is_loopback(address: str) -> bool:

@@ -171,8 +171,8 @@ def undeploy(
         def take_away() -> None:
             found = _find(application, cluster)
             cluster.forget_file(application)
-            cluster.begin_delete(found)
-            _wait_until_gone(application, cluster, timeout_s, progress or (lambda _: None))
+            cluster.begin_delete(application)
+            _wait_until_gone(found, cluster, timeout_s, progress or (lambda _: None))
 
         try:
             cluster.watched(take_away)
@@ -185,8 +185,9 @@ def undeploy(
 
 
 def _wait_until_gone(
-    application: str, cluster: Cluster, timeout_s: float | None, tell: Progress
+    found: RunningApplication, cluster: Cluster, timeout_s: float | None, tell: Progress
 ) -> None:
+    application = found.name
     began_s = time.monotonic()
     is_deleting = False
     while (now := cluster.applications().get(application)) is not None:
@@ -196,7 +197,9 @@ def _wait_until_gone(
                 _OPERATION,
                 {"application": application},
             )
-        is_deleting = now.status == DELETING
+        if now.status == DELETING and not is_deleting:
+            cluster.drop_unplaced(found)
+            is_deleting = True
         left = counted(sum(now.replicas.values()), "replica")
         if timeout_s is not None and time.monotonic() - began_s > timeout_s:
             raise DeploymentError(
@@ -297,8 +300,6 @@ def _run(
 
     def apply_and_wait() -> int:
         _apply(plan, cluster)
-        if before is not None and before.plan is not None and before.plan.version != plan.version:
-            cluster.drop_unplaced(before)
         try:
             return _wait(plan, before, cluster, timeout_s, tell)
         except DeploymentError as exc:
@@ -363,7 +364,10 @@ def _wait(
     was_seen = False
     while True:
         now = cluster.applications().get(plan.application)
-        was_seen = was_seen or (now is not None and now.plan == plan)
+        if not was_seen and now is not None and now.plan == plan:
+            was_seen = True
+            if before is not None and before.plan and before.plan.version != plan.version:
+                cluster.drop_unplaced(before)
         now = _not_overtaken(plan, before, now, was_seen)
         if now.status != "UNHEALTHY":
             well_s = time.monotonic()
@@ -439,8 +443,9 @@ def _take_back(
 ) -> DeploymentError:
     """Leave things as they were; returns the error that says so."""
     if before is None or before.plan is None:
-        cluster.begin_delete(_find(plan.application, cluster))
-        _wait_until_gone(plan.application, cluster, None, tell)
+        failed = _find(plan.application, cluster)
+        cluster.begin_delete(plan.application)
+        _wait_until_gone(failed, cluster, None, tell)
         return exc
     _apply(before.plan, cluster)
     return DeploymentError(
