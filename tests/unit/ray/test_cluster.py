@@ -172,6 +172,7 @@ def test_an_application_of_ours_is_read(mode: str) -> None:
         {"RUNNING": 2, "STARTING": 1, "STOPPING": 1},
         3,
         needs={"CPU": 1},
+        placed=tuple(f"SERVE_REPLICA::support-chat#chat#r{number}" for number in (0, 2, 3)),
         unplaced=("SERVE_REPLICA::support-chat#chat#r1",),
     )
     assert (found.num_running, found.tag) == (2, "chat:1.0.0")

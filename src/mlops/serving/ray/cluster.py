@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,6 +46,7 @@ which Ray itself makes every 10 s."""
 
 _LOCAL_ENVIRONMENT = {**SERVING_ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}
 _SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 _REPLICA = "SERVE_REPLICA::"
 _REFUSALS = ("InvalidAuthToken", "couldn't find an authentication token")
 
@@ -159,12 +160,14 @@ class Cluster:
 
     def _num_replicas_left(self) -> Counter[str]:
         """Replicas whose actors exist, by application."""
+        return Counter(_application_of(name) for name in self._replica_actors())
+
+    def _replica_actors(self) -> list[str]:
         from ray.util import list_named_actors
 
         with translated(self.address):
-            names = [one["name"] for one in list_named_actors(all_namespaces=True)]
-        replicas = [name.removeprefix(_REPLICA) for name in names if name.startswith(_REPLICA)]
-        return Counter(name.partition("#")[0] for name in replicas)
+            names = [str(one["name"]) for one in list_named_actors(all_namespaces=True)]
+        return [name for name in names if name.startswith(_REPLICA)]
 
     def begin_delete(self, application: str) -> None:
         """Have an application taken away; `applications` shows when it is gone.
@@ -181,10 +184,25 @@ class Cluster:
 
         Not before Ray Serve has said that it wants them no more; it would start others.
         """
+        self._kill(application.unplaced)
+
+    def drop_unplaced_of_deleted(self, before: RunningApplication) -> None:
+        """The same for an application that is being taken away; to be called until it is gone.
+
+        Ray Serve says so before it stops to start others.
+
+        Args:
+            before: the application before that.
+        """
+        if before.status != DELETING:
+            left = [name for name in self._replica_actors() if _application_of(name) == before.name]
+            self._kill(name for name in left if name not in before.placed)
+
+    def _kill(self, actors: Iterable[str]) -> None:
         import ray
 
         with translated(self.address):
-            for name in application.unplaced:
+            for name in actors:
                 with contextlib.suppress(ValueError):  # it has ended by itself
                     ray.kill(ray.get_actor(name, namespace="serve"))
 
@@ -295,13 +313,14 @@ def _connect(address: str) -> Cluster:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
     try:
-        context = ray.init(
-            address=address,
-            ignore_reinit_error=True,
-            log_to_driver=False,
-            logging_level="error",
-            configure_logging=False,
-        )
+        with contextlib.nullcontext() if is_local else _quiet_core():
+            context = ray.init(
+                address=address,
+                ignore_reinit_error=True,
+                log_to_driver=False,
+                logging_level="error",
+                configure_logging=False,
+            )
     except Exception as exc:  # of many kinds; a bare one when Ray takes too long to start
         raise _no_cluster(address, exc) from exc
     info = getattr(context, "address_info", {})
@@ -313,6 +332,21 @@ def _connect(address: str) -> Cluster:
         Path(session, "logs") if session else None,
         is_local,
     )
+
+
+@contextlib.contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep what Ray's core logs off this process's stderr; we say it when the cluster is gone.
+
+    Not for a cluster that is started here: its processes would log nothing either.
+    """
+    was_set = _CORE_LOG_LEVEL in os.environ
+    os.environ.setdefault(_CORE_LOG_LEVEL, "fatal")
+    try:
+        yield
+    finally:
+        if not was_set:
+            del os.environ[_CORE_LOG_LEVEL]
 
 
 def _known_address(address: str) -> str:
@@ -454,6 +488,10 @@ def translated(address: str) -> Iterator[None]:
             "deploy",
             details,
         ) from exc
+
+
+def _application_of(replica_actor: str) -> str:
+    return replica_actor.removeprefix(_REPLICA).partition("#")[0]
 
 
 def serve_url() -> str:

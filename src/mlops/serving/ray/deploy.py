@@ -197,9 +197,9 @@ def _wait_until_gone(
                 _OPERATION,
                 {"application": application},
             )
-        if now.status == DELETING and not is_deleting:
-            cluster.drop_unplaced(found)
+        if now.status == DELETING:
             is_deleting = True
+            cluster.drop_unplaced_of_deleted(found)
         left = counted(sum(now.replicas.values()), "replica")
         if timeout_s is not None and time.monotonic() - began_s > timeout_s:
             raise DeploymentError(
@@ -424,9 +424,8 @@ def _not_overtaken(
         return now
     else:
         low, high = now.plan.config.ray_replicas
-        by = (
-            f"a deployment of {now.plan.tag} with {f'{low}:{high}' if low < high else low} replicas"
-        )
+        size = counted(low, "replica") if low == high else f"{low}:{high} replicas"
+        by = f"a deployment of {now.plan.tag} with {size}"
     raise DeploymentError(
         f"the deployment of {plan.tag} was overtaken by {by}: `mlops status` shows what runs",
         _OPERATION,

@@ -29,7 +29,7 @@ class RunningApplication:
         is_from_file: `serve deploy` or KubeRay asked for it.
         is_foreign: it is no service of this toolkit's.
         needs: what a replica takes of a node, by Ray's name for it.
-        unplaced: names of the replicas' actors that no node has taken yet.
+        placed, unplaced: names of the replicas' actors that a node has taken, or none yet.
     """
 
     name: str
@@ -41,6 +41,7 @@ class RunningApplication:
     is_from_file: bool = False
     is_foreign: bool = False
     needs: Mapping[str, float] = field(default_factory=dict)
+    placed: tuple[str, ...] = ()
     unplaced: tuple[str, ...] = ()
 
     @classmethod
@@ -61,10 +62,13 @@ class RunningApplication:
                     one.get("target_num_replicas") or 0,
                     is_from_file,
                     needs={k: v for k, v in (one.get("required_resources") or {}).items() if v},
+                    placed=tuple(
+                        replica["actor_name"] for replica in one["replicas"] if _is_placed(replica)
+                    ),
                     unplaced=tuple(
                         replica["actor_name"]
                         for replica in one["replicas"]
-                        if _text(replica["state"]) == "STARTING" and not replica.get("node_id")
+                        if not _is_placed(replica)
                     ),
                 )
         file = details.get("deployed_app_config") or {}
@@ -139,6 +143,10 @@ def _plan_of(user_config: Any) -> Plan | None:
         return Plan.from_dict(user_config["plan"])
     except MLOpsError:
         return None
+
+
+def _is_placed(replica: Mapping[str, Any]) -> bool:
+    return _text(replica["state"]) != "STARTING" or bool(replica.get("node_id"))
 
 
 def _is_ours(file: Mapping[str, Any]) -> bool:
