@@ -133,12 +133,14 @@ def test_malformed_requests(server: ServingProcess, sent: bytes) -> None:
         (b"DELETE /predict HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
         (b"HEAD /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", {200}),
         (
-            b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
+            b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
             {400, 403, 404, 426},
         ),
         (
-            b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+            b"Upgrade: h2c\r\n\r\n",
             {200},
         ),
         (COUNT, {200}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,36 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from mlops.cli import console
+from mlops.cli.arguments import examples
+from mlops.counts import count
 
+if TYPE_CHECKING:
     from mlops.serving.bentoml.config import BentoMLConfig
     from mlops.serving.ray import Deployed
     from mlops.serving.ray.running import RunningApplication
 
-DEPLOY_EPILOG = """Examples:
-
-    mlops deploy helpdesk:1.0.0 --ray-address local
-
-    mlops deploy helpdesk:1.1.0 --replicas 1:4
-
-    mlops deploy helpdesk:1.1.0 --adapter formal=formal:1.0.0
-
-    mlops deploy helpdesk:1.1.0 --dry-run > serve.yaml && serve deploy serve.yaml
-"""
-STATUS_EPILOG = "Example: mlops status --ray-address 10.0.0.1:6379"
-SCALE_EPILOG = """Examples:
-
-    mlops scale support-helpdesk 3
-
-    mlops scale support-helpdesk 1:8
-"""
-UNDEPLOY_EPILOG = "Example: mlops undeploy support-helpdesk"
+DEPLOY_EPILOG = examples(
+    "mlops deploy helpdesk:1.0.0 --ray-address local",
+    "mlops deploy helpdesk --replicas 1:4",
+    "mlops deploy helpdesk:1.1.0 --adapter formal=formal:1.0.0",
+    "mlops deploy helpdesk:1.1.0 --dry-run > serve.yaml && serve deploy serve.yaml",
+)
+STATUS_EPILOG = examples("mlops status --ray-address 10.0.0.1:6379")
+SCALE_EPILOG = examples("mlops scale support-helpdesk 3", "mlops scale support-helpdesk 1:8")
+UNDEPLOY_EPILOG = examples("mlops undeploy support-helpdesk")
 
 MAX_REPLICAS = 1000
 INTERRUPTED = 130
-UNFOLDED = 10_000
-"""Columns of a table that nobody looks at."""
 
 _OPTIONS = {
     "BentoMLConfig.ray_address": "--ray-address",
@@ -57,7 +47,7 @@ Address = Annotated[
 ]
 Application = Annotated[str, typer.Argument(help="The application, as `mlops status` names it.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait until it answers.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def deploy(
@@ -109,7 +99,7 @@ def deploy(
             bento, settings, adapters=adapters, timeout_s=timeout, progress=tell
         )
     if as_json:
-        _print_json(_as_dict(deployed))
+        console.print_json(_as_dict(deployed))
     else:
         _print_deployed(deployed)
     if settings.ray_address == LOCAL:
@@ -127,7 +117,7 @@ def status(
 
     applications = find_running(ray_address)
     if as_json:
-        _print_json([_status_row(one) for one in applications])
+        console.print_json([_status_row(one) for one in applications])
         return
     if not applications:
         typer.echo("nothing is deployed; `mlops deploy NAME` does that")
@@ -144,7 +134,7 @@ def status(
             project, route = one.plan.config.project_name, one.plan.route_prefix
         cells = (one.name, project, one.tag, one.status, one.replica_states, route)
         table.add_row(*map(Text, cells))
-    _console().print(table)
+    console.output().print(table)
     for one in applications:
         if one.message:
             from mlops.serving.ray.running import reason_of
@@ -168,15 +158,10 @@ def scale(
             application, (low, high), ray_address, timeout_s=timeout, progress=tell
         )
     if as_json:
-        _print_json(_as_dict(deployed))
+        console.print_json(_as_dict(deployed))
         return
-    from mlops.serving.ray.running import counted
-
-    num = deployed.num_replicas
-    typer.echo(
-        f"{application}: {counted(num, 'replica')} {'answers' if num == 1 else 'answer'} "
-        f"at {deployed.url}"
-    )
+    answer = count(deployed.num_replicas, "replica answers", "replicas answer")
+    typer.echo(f"{application}: {answer} at {deployed.url}")
 
 
 def undeploy(
@@ -194,7 +179,7 @@ def undeploy(
     with _progress(f"taking {application} away") as tell:
         take_away(application, ray_address, timeout_s=timeout, progress=tell)
     if as_json:
-        _print_json({"application": application, "status": "gone"})
+        console.print_json({"application": application, "status": "gone"})
     else:
         typer.echo(f"{application} is gone")
 
@@ -279,18 +264,14 @@ def _print_serve_config(
 
     wanted = with_adapters(Plan.make(bento, settings), adapters).to_serve_config()
     if as_json:
-        _print_json(wanted)
+        console.print_json(wanted)
     else:
         typer.echo(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
 
 
 def _print_deployed(deployed: Deployed) -> None:
-    from mlops.serving.ray.running import counted
-
     typer.echo(f"{deployed.bento_tag} answers at {deployed.url}")
-    typer.echo(
-        f"  application  {deployed.application}, {counted(deployed.num_replicas, 'replica')}"
-    )
+    typer.echo(f"  application  {deployed.application}, {count(deployed.num_replicas, 'replica')}")
     typer.echo(f"  cluster      {deployed.ray_address}")
     if deployed.dashboard_url:
         typer.echo(f"  dashboard    {deployed.dashboard_url}")
@@ -321,27 +302,13 @@ def _status_row(one: RunningApplication) -> dict[str, Any]:
     }
 
 
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1))
-
-
-def _console() -> Console:
-    """Lines fold at the terminal's width, and nowhere in a pipe."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=UNFOLDED)
-
-
 @contextmanager
 def _progress(title: str) -> Iterator[Any]:
     """A line that says how far it is; where nobody looks, one for each change.
 
     Ctrl-C leaves with what it has interrupted, and what goes on.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    errors = console.errors()
     last = ""
 
     def tell_once(state: str) -> None:
@@ -351,10 +318,10 @@ def _progress(title: str) -> Iterator[Any]:
             typer.echo(f"{title}: {state}", err=True)
 
     try:
-        if not console.is_terminal:
+        if not errors.is_terminal:
             yield tell_once
         else:
-            with console.status(title) as line:
+            with errors.status(title) as line:
                 yield lambda state: line.update(f"{title}: {state}")
     except KeyboardInterrupt as exc:
         for note in getattr(exc, "__notes__", ["interrupted"]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,13 +13,14 @@ from bentoml_store import look_again
 from ray_cluster import RayCluster, environment
 from ray_services import build_waiting, package_tiny, write_models
 
+END_OF_CLUSTER = pytest.StashKey[ExitStack]()
+
 
 def _is_here(item: pytest.Item) -> bool:
     return Path(__file__).parent in Path(item.path).parents
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_is_here)  # last: the cluster stays until the session ends
     for item in items:
         if _is_here(item):
             # Ray's own threads, sockets and processes.
@@ -50,8 +53,8 @@ def home(folder: Path) -> Path:
     return home
 
 
-@pytest.fixture(scope="session")
-def started_cluster(home: Path) -> Iterator[RayCluster]:
+@contextmanager
+def _running_cluster(home: Path) -> Iterator[RayCluster]:
     import ray
 
     from mlops.serving.ray.cluster import SERVING_ENVIRONMENT
@@ -64,6 +67,26 @@ def started_cluster(home: Path) -> Iterator[RayCluster]:
             yield cluster
         finally:
             cluster.close()
+
+
+@pytest.fixture(scope="session")
+def started_cluster(request: pytest.FixtureRequest, home: Path) -> RayCluster:
+    end = ExitStack()
+    cluster = end.enter_context(_running_cluster(home))
+    request.session.stash[END_OF_CLUSTER] = end
+    return cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, Any, Any]:
+    """End the cluster with the last test here: it would take cores from the tests that follow."""
+    try:
+        return (yield)
+    finally:
+        if nextitem is None or not _is_here(nextitem):
+            item.session.stash.get(END_OF_CLUSTER, ExitStack()).close()
 
 
 @pytest.fixture

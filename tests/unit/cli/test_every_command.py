@@ -20,7 +20,7 @@ from mlops.registry import ModelStore
 # Their help is in the words of a module of its own.
 CLUSTER = {"deploy", "status", "scale", "undeploy"}
 PRINT_A_RESULT = {
-    *("package", "predict", "push", "gc", "doctor", "status"),
+    *("package", "predict", "push", "gc", "doctor", "deploy", "status", "scale", "undeploy"),
     *("models list", "models show"),
 }
 

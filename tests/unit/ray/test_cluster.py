@@ -14,7 +14,7 @@ from ray.serve.schema import ApplicationDetails
 from mlops.errors import DeploymentError, MLOpsError
 from mlops.serving.ray.cluster import translated
 from mlops.serving.ray.deployment import IMPORT_PATH, Plan
-from mlops.serving.ray.running import RunningApplication, counted, reason_of, room_missing
+from mlops.serving.ray.running import RunningApplication, reason_of, room_missing
 
 PLAN = Plan("chat:1.0.0", "sha256:" + "1" * 64, {"service_name": "chat", "project_name": "support"})
 
@@ -245,12 +245,6 @@ def test_room_is_counted_by_node() -> None:
     )
     many = {f"n{number}": {"CPU": 0.1} for number in range(20)}
     assert room_missing(needs, {}, many).endswith("; 12 more have no room either")
-
-
-def test_what_is_counted_agrees() -> None:
-    assert [counted(number, "replica") for number in (0, 1, 2)] == [
-        *("0 replicas", "1 replica", "2 replicas"),
-    ]
 
 
 def test_ours_is_found_among_other_deployments() -> None:

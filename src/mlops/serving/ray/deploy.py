@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlops.counts import count
 from mlops.errors import ConfigError, DeploymentError
 from mlops.registry import ModelStore, shared
 from mlops.serving.bentoml.config import BentoMLConfig
@@ -28,7 +29,7 @@ from mlops.serving.ray.cluster import (
     translated,
 )
 from mlops.serving.ray.deployment import Plan
-from mlops.serving.ray.running import DELETING, RunningApplication, counted, reason_of
+from mlops.serving.ray.running import DELETING, RunningApplication, reason_of
 
 TIMEOUT_S = 600.0
 POLL_S = 0.25
@@ -200,7 +201,7 @@ def _wait_until_gone(
         if now.status == DELETING:
             is_deleting = True
             cluster.drop_unplaced_of_deleted(found)
-        left = counted(sum(now.replicas.values()), "replica")
+        left = count(sum(now.replicas.values()), "replica")
         if timeout_s is not None and time.monotonic() - began_s > timeout_s:
             raise DeploymentError(
                 f"the application {application!r} is not gone after {timeout_s:g} s: {left} to "
@@ -424,7 +425,7 @@ def _not_overtaken(
         return now
     else:
         low, high = now.plan.config.ray_replicas
-        size = counted(low, "replica") if low == high else f"{low}:{high} replicas"
+        size = count(low, "replica") if low == high else f"{low}:{high} replicas"
         by = f"a deployment of {now.plan.tag} with {size}"
     raise DeploymentError(
         f"the deployment of {plan.tag} was overtaken by {by}: `mlops status` shows what runs",

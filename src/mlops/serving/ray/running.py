@@ -95,11 +95,6 @@ class RunningApplication:
         return f"{', '.join(states) or 'no replica yet'} of {self.target}"
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 replica`, `2 replicas`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def room_missing(
     needs: Mapping[str, float],
     free: Mapping[str, Mapping[str, float]],
