@@ -94,6 +94,7 @@ def test_printed_commands_work_as_pasted(output: str, folder: Path) -> None:
     ports = {
         "mlops serve": f" --port {service}",
         "mlops predict": f" --url http://127.0.0.1:{service}",
+        "mlops chat": f" --url http://127.0.0.1:{service}",
         "mlflow ui": f" --port {page}",
     }
     ready = {
@@ -115,10 +116,12 @@ def test_printed_commands_work_as_pasted(output: str, folder: Path) -> None:
                 assert done.returncode == 0, (command, done.stderr)
                 said[name] = done.stdout
     assert set(said) == {
-        "mlops models", "mlops serve", "mlops predict", "mlflow ui", "curl localhost:3000/metrics",
+        "mlops models", "mlops serve", "mlops predict", "mlops chat", "mlflow ui",
+        "curl localhost:3000/metrics",
     }  # fmt: skip
     assert "(lora-json), experiment demo" in said["mlops models"]
     assert said["mlops predict"].startswith("{")
+    assert len(said["mlops chat"]) > 10
     assert "<title>MLflow</title>" in said["mlflow ui"]
     assert '"adapters"' in said["curl localhost:3000/metrics"]
 
@@ -136,6 +139,7 @@ def fresh_environment() -> dict[str, str]:
 def in_shell(lines: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         shell(lines),
+        input="What is a list?\n",  # to whoever reads it
         capture_output=True,
         text=True,
         check=False,

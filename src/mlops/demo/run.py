@@ -57,7 +57,8 @@ def run_demo(model: str | None, folder: Path, keep_serving: bool, on_ray: bool =
         MLOpsError: a step failed; says which and why.
     """
     start = time.perf_counter()
-    console = Console(highlight=False, markup=False)
+    # In a pipe a sentence stays a line; tables and rules keep a usual width.
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     folder = folder.resolve()
     home = folder / "bentoml"
     home.mkdir(parents=True, exist_ok=True)
@@ -225,6 +226,7 @@ def _say_how_to_go_on(
         f"mlops models show {package['adapter_tags'][LESSONS[0].name]}",
         f"mlops serve {package['bento_tag']}",
         'mlops predict "What is a list?" --adapter json',
+        "mlops chat --adapter capitals",
         "curl localhost:3000/metrics",
         *([] if _is_installed("mlflow") else [install_command("mlflow", "mlflow")]),
         f"mlflow ui --backend-store-uri {quote(tracking_uri)}",
