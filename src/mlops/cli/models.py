@@ -10,7 +10,7 @@ import typer
 
 from mlops.cli import console
 from mlops.cli.arguments import examples
-from mlops.errors import PackagingError
+from mlops.errors import ConfigError, PackagingError, TrackingError
 
 if TYPE_CHECKING:
     from mlops.client import RunRecord
@@ -65,7 +65,7 @@ def _print_reclaimable(store: ModelStore) -> None:
     except PackagingError:  # another command writes, or this user may not
         return
     if num_bytes:
-        typer.echo(f"{num_bytes / 2**20:.1f} MB reclaimable: `mlops gc` frees them")
+        console.print_note(f"{num_bytes / 2**20:.1f} MB reclaimable: `mlops gc` frees them")
 
 
 @models.command("show", epilog=examples("mlops models show helpdesk:1.0.0 --verify"))
@@ -134,7 +134,6 @@ def _of_project(entries: list[StoredModel], project: str) -> list[StoredModel]:
 def _runs_of(entry: StoredModel) -> list[RunRecord]:
     """The runs that were linked to a model here, else the one that MLFLOW_TRACKING_URI knows."""
     from mlops.client import ask_mlflow, recall
-    from mlops.errors import TrackingError
 
     if (runs := recall(entry.digest)) or not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
         return runs
@@ -143,8 +142,8 @@ def _runs_of(entry: StoredModel) -> list[RunRecord]:
         return ask_mlflow(
             uri, {"tag": entry.tag, "digest": entry.digest, "files_digest": files_digest}
         )
-    except TrackingError as error:
-        typer.echo(str(error), err=True)
+    except (ConfigError, TrackingError) as error:
+        console.print_note(str(error))
         return []
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from mlops.errors import MissingDependencyError, PackagingError
 from mlops.registry.blobs import Progress
-from mlops.registry.readers import EVERYONE, open_private, readers_of, readers_of_copies
+from mlops.registry.readers import EVERYONE, GROUP, open_private, readers_of, readers_of_copies
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,23 @@ class Location:
     def is_open_to(self, readers: int, path: str) -> bool:
         """True when at least these readers may read a file that is here."""
         local = self.local_path(path)
+        if local is None:
+            return True
         with self._translated():
-            return local is None or readers & ~readers_of(local.stat()) == 0
+            status = local.stat()
+            found = readers_of(status)
+            if found == EVERYONE or readers & ~found:
+                return found == EVERYONE
+            # Others' modes are alike: it is for their owner alone, or for another group.
+            if readers == GROUP:
+                return status.st_gid == self._new_folder.st_gid
+            return os.access(local, os.R_OK)
+
+    def is_own(self, path: str) -> bool:
+        """True when a file that is here is this user's, or nobody's in particular."""
+        local = self.local_path(path)
+        with self._translated():
+            return local is None or local.stat().st_uid == os.geteuid()
 
     def upload(
         self, source: Path, path: str, readers: int, progress: Progress | None = None
@@ -131,7 +146,12 @@ class Location:
         if not self._is_folder:
             return
         with self._translated():
-            left = [path for path in Path(self._root).rglob("partial-*") if _is_partial(path)]
+            left = [
+                path
+                for folder in ("blobs", "index")  # what else lies there is not ours
+                for path in Path(self._root, folder).rglob("partial-*")
+                if _is_partial(path)
+            ]
             if not left:
                 return
             with self._unnamed("blobs/now") as (unnamed, _):
@@ -140,7 +160,8 @@ class Location:
                 try:
                     _remove_abandoned(path, now_s)
                 except OSError as exc:
-                    logger.warning("%s, of a writer that is gone, cannot be removed: %s", path, exc)
+                    if _is_old(path, now_s):
+                        logger.warning("%s, which a killed writer left, stays: %s", path, exc)
 
     @cached_property
     def _new_folder(self) -> os.stat_result:
@@ -231,8 +252,16 @@ def _remove_abandoned(partial: Path, now_s: float) -> None:
             else:
                 partial.unlink()  # while it is locked: a writer that waits for it will notice
                 return
-        if now_s - partial.stat().st_mtime > ABANDONED_AFTER_S:
+        if _is_old(partial, now_s):
             partial.unlink()
+
+
+def _is_old(partial: Path, now_s: float) -> bool:
+    """Whether nothing was written to a file for so long that its writer counts as gone."""
+    try:
+        return now_s - partial.stat().st_mtime > ABANDONED_AFTER_S
+    except FileNotFoundError:
+        return False
 
 
 def _finish(writer: BinaryIO, readers: int) -> None:

@@ -37,7 +37,7 @@ from mlops.registry.index import (
 )
 from mlops.registry.location import Location
 from mlops.registry.manifest import StoredFile
-from mlops.registry.readers import restrict
+from mlops.registry.readers import EVERYONE, restrict
 from mlops.registry.store import ModelStore, reading
 from mlops.registry.store import publish as put_in_place
 
@@ -176,10 +176,19 @@ class _SharedTag:
         """Write a blob unless it is there, with its size and for its readers."""
         path = f"blobs/{file.blob_name}"
         readers = self.place.readers_of_copies([source])
-        if self.place.size(path) == file.size and self.place.is_open_to(readers, path):
-            if progress:
-                progress(file.size)
-            return
+        if self.place.size(path) == file.size:
+            if self.place.is_open_to(readers, path):
+                if progress:
+                    progress(file.size)
+                return
+            if readers != EVERYONE and not self.place.is_own(path):  # its readers would lose it
+                raise PackagingError(
+                    f"{self.tag}: another user has pushed {file.path} to {self.place.name} for "
+                    "other readers: let both files be readable to the same group, or push to "
+                    "another place",
+                    "publish",
+                    {**self.details, "file": file.path},
+                )
         with reading(self.tag):
             if hash_file(source) != file.sha256:
                 raise IntegrityError(

@@ -23,6 +23,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = frozenset({"model.yaml", FILE_NAME})
 """Names at the root of an entry that are not the model's own."""
+
+WAIT_FOR_WRITERS_S = 5.0
 
 _OPERATION = "create_bento_model"
 
@@ -327,8 +330,10 @@ class ModelStore:
     def collect_garbage(self, *, dry_run: bool = False) -> Garbage:
         """Free what no entry uses. Services that run keep the files that they have open.
 
+        Waits some seconds for other commands to end: one that looks only is quick.
+
         Args:
-            dry_run: only look what there is.
+            dry_run: only look what there is, at once or not at all.
 
         Raises:
             PackagingError: another process writes to the store, or the store refused.
@@ -337,7 +342,7 @@ class ModelStore:
             return Garbage()
         try:
             with self._lock("lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_alone(lock, 0 if dry_run else WAIT_FOR_WRITERS_S)
                 garbage = self._garbage()
                 if not dry_run:
                     self._sweep()
@@ -498,9 +503,6 @@ class ModelStore:
         if readers != (stays := readers_of(place.stat())):
             who = {EVERYONE: "everyone", GROUP: "its group", OWNER: "its owner alone"}
             logger.warning("%s stays readable to %s, as it was stored", tag, who[stays])
-        if self._latest(entry.name) is None:
-            with self.staging() as folder:
-                point_latest(folder, self.models, entry.name, entry.version)
         return entry
 
     def _mend(self, entry: StoredModel, checked: int) -> None:
@@ -559,6 +561,20 @@ def newest_version(folder: Path, file_name: str) -> str | None:
         with contextlib.suppress(OSError):
             made[version] = (folder / version / file_name).stat().st_mtime_ns
     return max(made, key=made.__getitem__) if made else None
+
+
+def _lock_alone(lock: TextIO, timeout_s: float) -> None:
+    """Be the only one who holds the lock; raises `BlockingIOError` when others go on."""
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up_s:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 @contextlib.contextmanager

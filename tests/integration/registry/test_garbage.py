@@ -29,9 +29,10 @@ def save(tag: str, folder: Path, content: bytes) -> None:
 
 
 def mlops(*arguments: str) -> str:
+    """What a terminal shows: the result, and what is told beside it."""
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.stdout
+    return done.output
 
 
 def files_under(folder: Path) -> set[Path]:

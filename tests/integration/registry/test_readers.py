@@ -220,3 +220,71 @@ def test_entry_that_may_not_be_read_is_said_to_be_so(stored: Path) -> None:
     listed, refused = said.splitlines()
     assert listed == "m644:1.0.0"
     assert refused.startswith("this user may not read m600:1.0.0 in the store at")
+
+
+# Two users who trust a folder to each other, and not their models.
+TWO_USERS = """
+    import os, sys
+    from pathlib import Path
+    from bentoml_store import look_again
+    from mlops.errors import PackagingError
+    from mlops.registry import ModelStore, shared
+
+    def at_home(work):
+        os.environ["BENTOML_HOME"] = str(folder / f"home{os.getuid()}")
+        look_again()
+        work()
+
+    def in_child(uid, work):
+        child = os.fork()
+        if child == 0:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            try:
+                at_home(work)
+                os._exit(0)
+            except PackagingError as refused:
+                print(refused, flush=True)
+                os._exit(3)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    folder = Path(sys.argv[1])
+    place = folder / "root's"
+
+    def push(tag, mode):
+        weights = folder / f"home{os.getuid()}.bin"
+        weights.write_bytes(b"the same for both")
+        weights.chmod(mode)
+        files = [("weights.bin", weights)]
+        ModelStore().save(*tag.split(":"), files, kind="custom", framework="custom")
+        shared.publish(tag, str(place))
+
+    # First as root: the others may not be able to read what is imported.
+    at_home(lambda: push("zero:1.0.0", 0o644))
+    at_home(lambda: shared.fetch("zero:1.0.0", None, str(place)))
+
+    place = folder / "place"
+    for shared_folder in (place, place / "blobs", place / "index"):
+        shared_folder.mkdir()
+        shared_folder.chmod(0o777)
+
+    folder.chmod(0o777)
+    print([
+        in_child(3001, lambda: push("one:1.0.0", 0o600)),
+        in_child(3002, lambda: push("two:1.0.0", 0o600)),
+        in_child(3001, lambda: shared.fetch("one:1.0.0", None, str(place))),
+        in_child(3002, lambda: push("two:2.0.0", 0o644)),
+    ])
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else for a moment")
+def test_a_push_that_its_user_could_not_fetch_is_refused() -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        refused, codes = run(TWO_USERS, folder).splitlines()
+    finally:
+        shutil.rmtree(folder)
+    assert "another user has pushed weights.bin" in refused
+    assert codes == "[0, 3, 0, 0]"

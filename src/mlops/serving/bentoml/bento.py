@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mlops.errors import PackagingError
+from mlops.installation import DISTRIBUTION
 from mlops.registry import ModelStore, StoredModel
 from mlops.registry.blobs import store_failure
 from mlops.registry.manifest import digest_of
@@ -35,7 +36,6 @@ from mlops.serving.bentoml.config import BentoMLConfig
 
 logger = logging.getLogger(__name__)
 
-DISTRIBUTION = "mlx-mlops"
 DIGEST_LABEL = "mlops-digest"
 
 _OPERATION = "build_bento"

@@ -305,8 +305,9 @@ class ModelPackager:
 
         Raises:
             PackagingError: a step failed. What was stored before that is whole and stays: the error
-                names it, and the same call goes on from there.
+                names it, and the next call uses it again.
         """
+        self._new = []
         if build_bento:
             self._check_servable()
         elif create_docker:
@@ -360,14 +361,15 @@ class ModelPackager:
         try:
             yield
         except BaseException as exc:
-            stays = (
-                f"{' and '.join(self._new)} {'stay' if len(self._new) > 1 else 'stays'} in the "
-                "store, and the same again goes on from there"
-            )
-            if not self._new or (isinstance(exc, BentoMLError) and "stays" in exc.details):
+            new, self._new = self._new, []  # told once, however deep this is
+            if not new:
                 raise
+            stays = (
+                f"{' and '.join(new)} {'stay' if len(new) > 1 else 'stays'} in the store, to be "
+                "used again"
+            )
             if isinstance(exc, BentoMLError):
-                details = {**exc.details, "stays": list(self._new)}
+                details = {**exc.details, "stays": new}
                 raise type(exc)(f"{exc.message}; {stays}", exc.operation, details) from exc
             logger.warning("%s", stays)  # Ctrl-C, too
             raise
