@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlops.cli import console
-from mlops.cli.arguments import examples
+from mlops.cli.arguments import examples, pairs
 from mlops.counts import count
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ def deploy(
     as_json: AsJson = False,
 ) -> None:
     """Run a Bento on a Ray cluster, or update it there without losing a request."""
-    from mlops.serving.ray.cluster import LOCAL
-
     with _naming_options():
         settings = _settings(
             config,
@@ -102,7 +100,7 @@ def deploy(
         console.print_json(_as_dict(deployed))
     else:
         _print_deployed(deployed)
-    if settings.ray_address == LOCAL:
+    if deployed.is_local:
         typer.echo("The cluster is this command's own: Ctrl-C ends both.", err=as_json)
         _wait_for_signal(deployed.ray_address)
         _end(deployed.ray_address)
@@ -120,7 +118,7 @@ def status(
         console.print_json([_status_row(one) for one in applications])
         return
     if not applications:
-        typer.echo("nothing is deployed; `mlops deploy NAME` does that")
+        console.print_note("nothing is deployed; `mlops deploy NAME` does that")
         return
     from rich.table import Table
     from rich.text import Text
@@ -139,7 +137,7 @@ def status(
         if one.message:
             from mlops.serving.ray.running import reason_of
 
-            typer.echo(f"{one.name}: {reason_of(one.message)}")
+            console.print_note(f"{one.name}: {reason_of(one.message)}")
 
 
 def scale(
@@ -169,7 +167,7 @@ def undeploy(
     ray_address: Address = None,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds to wait; by default as long as its requests may take."),
+        typer.Option(help="Seconds to wait; by default until it is gone."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -188,17 +186,15 @@ def parse_replicas(text: str) -> tuple[int, int]:
     """The fewest and the most of `2` or `1:4`.
 
     Raises:
-        ConfigError: the text is neither, or the numbers cannot be.
+        typer.BadParameter: the text is neither, or the numbers cannot be.
     """
-    from mlops.errors import ConfigError
-
     low, colon, high = text.partition(":")
     try:
         numbers = int(low), int(high if colon else low)
     except ValueError:
         numbers = 0, 0
     if not 1 <= numbers[0] <= numbers[1] <= MAX_REPLICAS:
-        raise ConfigError(
+        raise typer.BadParameter(
             f"{text!r} replicas are not allowed; use a number from 1 to {MAX_REPLICAS}, or the "
             "fewest and the most, such as 1:4"
         )
@@ -241,17 +237,11 @@ def _naming_options() -> Iterator[None]:
 
 
 def _adapters(given: list[str]) -> dict[str, str]:
-    from mlops.errors import ConfigError
-
-    pairs = [one.partition("=") for one in given]
-    for number, (name, equals, tag) in enumerate(pairs):
-        is_new = all(name != before for before, _, _ in pairs[:number])
-        if not (name and equals and tag and is_new):
-            raise ConfigError(
-                f"--adapter {name + equals + tag!r} is not allowed; use NAME=TAG, such as "
-                "formal=formal:1.0.0"
-            )
-    return {name: tag for name, _, tag in pairs}
+    adapters = pairs(given, "--adapter", "NAME=TAG")
+    for name, tag in adapters.items():
+        if not tag:
+            raise typer.BadParameter(f"--adapter {name}= names no tag")
+    return adapters
 
 
 def _print_serve_config(

@@ -30,51 +30,50 @@ def refusal(
     return sentence
 
 
+def misunderstood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """What `mlops` says of a command line that makes no sense."""
+    monkeypatch.setattr("sys.argv", ["mlops", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said.out == ""
+    return said.err
+
+
+REPLICAS = "replicas are not allowed; use a number from 1 to 1000, or the fewest and the most"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ("--replicas", "x"),
-            "'x' replicas are not allowed; use a number from 1 to 1000, or the fewest",
+        *(
+            (("--replicas", text), f"{text!r} {REPLICAS}")
+            for text in ("x", "1:x", "1:", ":4", "1:2:3", "1.5", "", "0", "1:1001", "4:1")
         ),
-        (
-            ("--replicas", "1:x"),
-            "'1:x' replicas are not allowed; use a number from 1 to 1000, or the fewest",
-        ),
-        (
-            ("--replicas", "1:"),
-            "'1:' replicas are not allowed; use a number from 1 to 1000, or the fewest",
-        ),
-        (
-            ("--replicas", ":4"),
-            "':4' replicas are not allowed; use a number from 1 to 1000, or the fewest",
-        ),
-        (
-            ("--replicas", "1:2:3"),
-            "'1:2:3' replicas are not allowed; use a number from 1 to 1000, or the fewest",
-        ),
-        (
-            ("--replicas", "1.5"),
-            "'1.5' replicas are not allowed; use a number from 1 to 1000, or the fewest",
-        ),
-        (
-            ("--replicas", ""),
-            "'' replicas are not allowed; use a number from 1 to 1000, or the fewest",
-        ),
-        (("--replicas", "0"), "'0' replicas are not allowed"),
-        (("--replicas", "1:1001"), "'1:1001' replicas are not allowed"),
-        (
-            ("--replicas", "4:1"),
-            "'4:1' replicas are not allowed",
-        ),
-        (
-            ("--adapter", "broken"),
-            "--adapter 'broken' is not allowed; use NAME=TAG, such as formal=formal:1.0.0",
-        ),
-        (("--adapter", "a=a:1", "--adapter", "=b:1"), "--adapter '=b:1' is not allowed"),
-        (("--adapter", "a="), "--adapter 'a=' is not allowed"),
-        (("--adapter", ""), "--adapter '' is not allowed"),
-        (("--adapter", "a=x:1", "--adapter", "a=y:1"), "--adapter 'a=y:1' is not allowed"),
+        (("--adapter", "broken"), "--adapter takes NAME=TAG, not 'broken'"),
+        (("--adapter", "a=a:1", "--adapter", "=b:1"), "--adapter takes NAME=TAG, not '=b:1'"),
+        (("--adapter", "a="), "--adapter a= names no tag"),
+        (("--adapter", ""), "--adapter takes NAME=TAG, not ''"),
+        (("--adapter", "a=x:1", "--adapter", "a=y:1"), "--adapter names 'a' twice"),
+    ],
+)
+def test_what_cannot_be_understood(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    sentence: str,
+) -> None:
+    for more in ((), ("--dry-run",)):
+        said = misunderstood(monkeypatch, capsys, "deploy", "chat:1.0.0", *arguments, *more)
+        assert sentence in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         (("--backend", "ray"), "--backend 'ray' is not allowed"),
         (("--backend", "bentoml"), "serving_backend is 'bentoml'; use 'hybrid' or 'ray_serve'"),
         (("--route-prefix", "chat"), "--route-prefix 'chat' is not allowed"),
@@ -113,8 +112,8 @@ def test_a_file_is_named_with_what_is_wrong_in_it(
 def test_what_scale_cannot_use(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], replicas: str
 ) -> None:
-    said = refusal(monkeypatch, capsys, "scale", "support-chat", replicas)
-    assert said.startswith(f"{replicas!r} replicas are not allowed; use a number from 1 to 1000")
+    said = misunderstood(monkeypatch, capsys, "scale", "support-chat", replicas)
+    assert f"{replicas!r} {REPLICAS}" in said
 
 
 def test_a_bento_that_is_not_there(

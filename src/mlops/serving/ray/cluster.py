@@ -15,7 +15,6 @@ import logging
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -248,7 +247,8 @@ class Cluster:
         threading.Thread(target=run, daemon=True).start()
         try:
             while not wait([outcome], WATCH_S).done:
-                check_listens(self.address)
+                if ":" in self.address:  # else a caller has connected, and Ray does not tell where
+                    check_listens(self.address)
         except BaseException:
             self.is_left.set()
             raise
@@ -301,6 +301,7 @@ def use_token() -> None:
 def _connect(address: str) -> Cluster:
     import ray
 
+    known = os.environ.get("RAY_ADDRESS", address) if address == AUTO else address
     if not ray.is_initialized():
         known = _known_address(address)
         if known == LOCAL or _is_loopback(known):
@@ -327,7 +328,7 @@ def _connect(address: str) -> Cluster:
     session = info.get("session_dir")
     url = getattr(context, "dashboard_url", None) or info.get("webui_url")
     return Cluster(
-        info.get("address") or address,
+        info.get("address") or known,  # a client of `ray://` is not told
         f"http://{url}" if url else None,
         Path(session, "logs") if session else None,
         is_local,
@@ -359,10 +360,11 @@ def _known_address(address: str) -> str:
         return address
     if named := os.environ.get("RAY_ADDRESS"):
         return named
-    with contextlib.suppress(OSError):
-        return Path(tempfile.gettempdir(), "ray", "ray_current_cluster").read_text().strip()
+    from ray._common.utils import get_ray_address_file
     from ray._private.services import find_gcs_addresses
 
+    with contextlib.suppress(OSError):
+        return Path(get_ray_address_file(None)).read_text(encoding="utf-8").strip()
     find_gcs_addresses.cache_clear()
     running = sorted(find_gcs_addresses())  # other programs', such as `mlops deploy`
     if len(running) > 1:
@@ -499,6 +501,11 @@ def serve_url() -> str:
     config = _client().http_config
     host = config.host if config.host not in {None, "0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def serve_host() -> str:
+    """The address that Serve's proxies listen on."""
+    return str(_client().http_config.host or "127.0.0.1")
 
 
 def _client() -> Any:

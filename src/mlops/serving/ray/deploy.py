@@ -8,6 +8,7 @@ the deployment goes back to what it was: the old replicas are still there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ from mlops.serving.ray.running import DELETING, RunningApplication, reason_of
 
 TIMEOUT_S = 600.0
 POLL_S = 0.25
+SETTLED_S = 5.0
+"""After that Ray Serve tells of what it was told last."""
 UNHEALTHY_S = 20.0
 PLACED_S = 3.0
 _OPERATION = "deploy"
@@ -49,6 +52,7 @@ class Deployed:
         url: of the service, without the route.
         ray_address: of the cluster, `HOST:PORT`.
         dashboard_url, log_folder: Ray's; None where it has none, or not on this machine.
+        is_local: the cluster was started here, and ends with this process.
     """
 
     application: str
@@ -58,6 +62,7 @@ class Deployed:
     ray_address: str
     dashboard_url: str | None
     log_folder: Path | None
+    is_local: bool
 
 
 def deploy(
@@ -96,15 +101,22 @@ def deploy(
 
 def _prepare(plan: Plan, cluster: Cluster, tell: Progress) -> RunningApplication | None:
     """All that comes before Ray Serve is told; returns what runs under the plan's name."""
+    _find_before(plan, cluster)
+    share(plan, tell)  # may take minutes
+    cluster.start_serve(plan.config)
+    cluster.forget_file(plan.application)
+    before = _find_before(plan, cluster)
+    if before is not None and before.plan is not None and before.plan.version == plan.version:
+        _check_adapters(plan, cluster)
+    return before
+
+
+def _find_before(plan: Plan, cluster: Cluster) -> RunningApplication | None:
+    """What runs under the plan's name, if it may be replaced."""
     before = cluster.applications().get(plan.application)
     if before is not None:
         _check_same_service(plan, before)
         _check_not_from_file(before)
-    share(plan, tell)
-    cluster.start_serve(plan.config)
-    cluster.forget_file(plan.application)
-    if before is not None and before.plan is not None and before.plan.version == plan.version:
-        _check_adapters(plan, cluster)
     return before
 
 
@@ -161,8 +173,8 @@ def undeploy(
     """Take an application away, and wait until what it is answering is answered.
 
     Args:
-        timeout_s: how long to wait; by default as long as its requests may take, which is its
-            `timeout`.
+        timeout_s: how long to wait; by default until it is gone. Ray Serve ends requests that take
+            longer than the service's `timeout`.
 
     Raises:
         DeploymentError: there is no such application, or it is not gone in time.
@@ -254,7 +266,7 @@ def _check_same_service(plan: Plan, before: RunningApplication) -> None:
     if before.is_foreign:
         raise DeploymentError(
             f"the application {plan.application!r} on this cluster is no service of this toolkit: "
-            "give this one another service_name",
+            "package this one with another service name",
             _OPERATION,
             {"application": plan.application},
         )
@@ -264,7 +276,7 @@ def _check_same_service(plan: Plan, before: RunningApplication) -> None:
     if (ours.project_name, ours.service_name) != (theirs.project_name, theirs.service_name):
         raise DeploymentError(
             f"the application {plan.application!r} is the service {theirs.service_name!r} of the "
-            f"project {theirs.project_name!r}: give this one another service_name",
+            f"project {theirs.project_name!r}: package this one with another service name",
             _OPERATION,
             {"application": plan.application},
         )
@@ -321,6 +333,7 @@ def _run(
         cluster.address,
         cluster.dashboard_url,
         cluster.log_folder,
+        cluster.is_local,
     )
 
 
@@ -361,7 +374,7 @@ def _wait(
     """Return how many replicas answer, once those that are to are there."""
     low, high = plan.config.ray_replicas
     give_up_s = time.monotonic() + timeout_s
-    well_s = placed_s = time.monotonic()
+    began_s = well_s = placed_s = time.monotonic()
     was_seen = False
     while True:
         now = cluster.applications().get(plan.application)
@@ -369,7 +382,8 @@ def _wait(
             was_seen = True
             if before is not None and before.plan and before.plan.version != plan.version:
                 cluster.drop_unplaced(before)
-        now = _not_overtaken(plan, before, now, was_seen)
+        is_settled = time.monotonic() - began_s > SETTLED_S
+        now = _not_overtaken(plan, before, now, was_seen, is_settled)
         if now.status != "UNHEALTHY":
             well_s = time.monotonic()
         if not now.unplaced:
@@ -406,11 +420,13 @@ def _not_overtaken(
     before: RunningApplication | None,
     now: RunningApplication | None,
     was_seen: bool,
+    is_settled: bool = True,
 ) -> RunningApplication:
     """What runs, when it is still what Ray Serve was told to run.
 
     Args:
         was_seen: Ray Serve has told of the plan. Until then it may tell of what was there before.
+        is_settled: long enough ago for Ray Serve to tell of nothing that the plan has replaced.
 
     Raises:
         DeploymentError: Ray Serve was told something else since; says what.
@@ -420,7 +436,7 @@ def _not_overtaken(
     elif (
         now.plan is None
         or now.plan == plan
-        or (not was_seen and before and now.plan == before.plan)
+        or (not was_seen and (not is_settled or (before and now.plan == before.plan)))
     ):
         return now
     else:
@@ -443,9 +459,10 @@ def _take_back(
 ) -> DeploymentError:
     """Leave things as they were; returns the error that says so."""
     if before is None or before.plan is None:
-        failed = _find(plan.application, cluster)
-        cluster.begin_delete(plan.application)
-        _wait_until_gone(failed, cluster, None, tell)
+        with contextlib.suppress(DeploymentError):  # the reason of the failure is what counts
+            failed = _find(plan.application, cluster)
+            cluster.begin_delete(plan.application)
+            _wait_until_gone(failed, cluster, TIMEOUT_S, tell)
         return exc
     _apply(before.plan, cluster)
     return DeploymentError(

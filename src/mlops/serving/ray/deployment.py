@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlops.errors import BentoMLError, ConfigError, DeploymentError, MLOpsError, PackagingError
+from mlops.errors import BentoMLError, ConfigError, DeploymentError, PackagingError, sentence_of
 from mlops.registry import ModelStore, shared
 from mlops.registry.index import newest
 from mlops.registry.manifest import digest_of
@@ -359,7 +359,8 @@ def _as_deployment_error(bento: str) -> Iterator[None]:
     except BentoMLError:
         raise
     except Exception as exc:  # the Bento's own code, too
-        reason = str(exc) if isinstance(exc, MLOpsError) else f"{type(exc).__name__}: {exc}"
         raise DeploymentError(
-            f"the service of {bento} cannot be loaded: {reason}", "load", {"bento_tag": bento}
+            f"the service of {bento} cannot be loaded: {sentence_of(exc)}",
+            "load",
+            {"bento_tag": bento},
         ) from exc

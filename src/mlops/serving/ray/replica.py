@@ -23,8 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlops.errors import DeploymentError
 from mlops.serving.http import Served, Status
 from mlops.serving.http.limits import Limits
+from mlops.serving.http.paths import LISTENS_ON
 from mlops.serving.ray import handover
 from mlops.serving.ray.affinity import owners_of
+from mlops.serving.ray.cluster import serve_host
 from mlops.serving.ray.deployment import Plan
 from mlops.serving.ray.metrics import RayMetrics
 
@@ -59,7 +61,8 @@ class ModelReplica:
         self._app, self._served = self._load()
         self._added: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        _built.append(_WithoutRequestId(self._app))
+        listens_on = await asyncio.to_thread(serve_host)
+        _built.append(_BehindProxy(self._app, listens_on))
         if self._served is not None:
             await self._start(self._served)
 
@@ -208,10 +211,11 @@ class ModelReplica:
 
 
 @dataclass(frozen=True)
-class _WithoutRequestId:
-    """The app as Ray calls it: its proxy adds the header `X-Request-Id` to answers itself."""
+class _BehindProxy:
+    """The app as Ray calls it: its proxy listens, and adds `X-Request-Id` to answers itself."""
 
     app: ASGIApp
+    listens_on: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_on(message: Message) -> None:
@@ -222,6 +226,7 @@ class _WithoutRequestId:
                 message = {**message, "headers": headers}
             await send(message)
 
+        scope = {**scope, LISTENS_ON: (self.listens_on,)}
         await self.app(scope, receive, send_on if scope["type"] == "http" else send)
 
 
