@@ -32,6 +32,13 @@ class MLOpsError(Exception):
     """Base of every error raised on purpose by this toolkit."""
 
 
+def sentence_of(exc: BaseException) -> str:
+    """What an error says: the sentence of one of ours; of another also its class."""
+    if isinstance(exc, MLOpsError):
+        return str(exc)
+    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+
+
 class ConfigError(MLOpsError, ValueError):
     """A configuration field is unknown or has a value that is not allowed."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from serving_process import BENTOML, LONG_S, ServingProcess
 
@@ -132,3 +135,32 @@ def test_sigterm_ends_a_worker_whose_engine_hangs(server: ServingProcess) -> Non
     assert server.stop(signal.SIGTERM) == 0
     assert time.monotonic() - began_s < 30
     assert server.left_over() == []
+
+
+ARBITER = """
+import sys
+from bentoml._internal.utils.circus import create_standalone_arbiter
+from circus.watcher import Watcher
+from mlops.serving.bentoml.shutdown import signals_watched
+
+sleeping = f"{sys.executable} -c 'import time; time.sleep(600)'"
+arbiter = create_standalone_arbiter([Watcher("service", sleeping, numprocesses=2)])
+with signals_watched(lambda *death, **more: False):
+    arbiter.start()
+"""
+
+
+@pytest.mark.parametrize("delay_ms", [0, 1, 2, 8])
+def test_sigterm_is_not_lost_while_dead_workers_are_replaced(delay_ms: int) -> None:
+    command = subprocess.Popen([sys.executable, "-c", ARBITER])
+    try:
+        here = psutil.Process(command.pid)
+        wait_for(lambda: len(here.children()) == 2)
+        for worker in here.children():
+            worker.kill()
+        time.sleep(delay_ms / 1000)  # the moment of the attack
+        command.terminate()
+        assert command.wait(LONG_S) == 0
+    finally:
+        command.kill()
+        command.wait()

@@ -15,8 +15,12 @@ from serving_process import BENTOML, LONG_S, ServingProcess
 SERVICE = """
 from pathlib import Path
 
+from prometheus_client import Counter
+
 from mlops.errors import ServiceError
 from mlops.serving.bentoml.service import create_bentoml_service
+
+PREDICTIONS = Counter("echo_predictions", "Made when the module is imported, in each new worker.")
 
 
 class EchoRunner:

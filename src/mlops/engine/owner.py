@@ -20,7 +20,7 @@ from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from mlops.errors import EngineError, EngineShutdownError
+from mlops.errors import EngineError, EngineShutdownError, sentence_of
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 EXIT_TIMEOUT_S = 10.0
+_GIVEN_UP = "the work under way did not end within %g s; it is given up"
 """How long the interpreter's exit waits for the work that is under way."""
 
 
@@ -77,7 +78,8 @@ class _Owner:
         self._calls.put(None)
         self.thread.join(EXIT_TIMEOUT_S)
         if self.thread.is_alive():
-            _leave_at_once()
+            logger.error(_GIVEN_UP, EXIT_TIMEOUT_S)
+            leave_at_once()
         # Before Python 3.13 `join` does not wait for the destructors of MLX's thread-local
         # compile cache. They take the GIL, which aborts the process once Python finalizes.
         deadline = time.monotonic() + EXIT_TIMEOUT_S
@@ -92,7 +94,7 @@ class _Owner:
         except BaseException as exc:
             logger.critical("nothing more can be computed", exc_info=exc)
             # The arrays belong to this thread: another one could not go on with them.
-            self.failure = f"the thread that does all MLX work has died of {describe(exc)}"
+            self.failure = f"the thread that does all MLX work has died of {sentence_of(exc)}"
             self._fail_when_dead()
 
     def _fail_when_dead(self) -> None:
@@ -164,14 +166,9 @@ def to_exception(exc: BaseException) -> Exception:
     """
     if isinstance(exc, Exception):
         return exc
-    error = EngineError(describe(exc))
+    error = EngineError(sentence_of(exc))
     error.__cause__ = exc
     return error
-
-
-def describe(exc: BaseException) -> str:
-    """The exception's class and what it says, where it says something."""
-    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
 
 
 def _find_owner() -> _Owner:
@@ -184,13 +181,11 @@ def _find_owner() -> _Owner:
         return _current
 
 
-def _leave_at_once() -> None:
-    """End the process, although the owner thread computes on.
+def leave_at_once() -> None:
+    """End the process with a failure, although a thread of it computes on or is missing.
 
     Python's own end would abort it: a thread that wants the GIL then cannot be unwound through C++.
-    The status is a failure, because work was given up.
     """
-    logger.error("the work under way did not end within %g s; it is given up", EXIT_TIMEOUT_S)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None

@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import resource
+import signal
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,12 +37,16 @@ MEMORY_BYTES = 512 * 1024 * 1024
 
 MEMORY_GROWTH = 32
 MAX_REASON_CHARACTERS = 200
+CPU_S = 15
 
 
 def main() -> None:
     """Render until the input ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends with its input, after its server
+        signal.signal(number, signal.SIG_IGN)
     _answer("")  # it is ready
     for line in sys.stdin.buffer:
+        _limit_time()
         _limit_memory(len(line))
         _answer(json.dumps(_render(line)))
 
@@ -122,6 +128,12 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _limit_time() -> None:
+    """However long it takes: who would end it may have been killed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CPU_S, hard))
 
 
 def _limit_memory(num_bytes: int) -> None:

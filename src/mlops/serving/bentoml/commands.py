@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import ipaddress
 import json
 import os
 from collections.abc import Callable
@@ -184,11 +183,9 @@ def _check_keys(service: Any, host: str | None) -> None:
 
         service.inject_config()
         host = str(BentoMLContainer.http.host.get())
-    try:
-        is_local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return  # BentoML refuses it
-    if not is_local:
+    from mlops.serving.http.hosts import is_loopback
+
+    if not is_loopback(host):
         click.echo(
             f"Warning: whoever reaches this machine may use the service, because it listens on "
             f"{host} and has no API keys: set MLOPS_API_KEYS or http.api_key_file, or serve with "

@@ -143,10 +143,12 @@ class Connection(HttpToolsProtocol):
         self._room = room
         self._has_got_on = False
         self._num_idle_bytes = 0  # since the parser last had a head or a part of a body
+        self._listens_on: tuple[str, ...] = ()
         self.head_since_s: float | None = time.monotonic()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._listens_on = _addresses(self._server)  # now: when the server ends it has none
         if self._server.should_exit:  # accepted too late for uvicorn to tell it
             self.shutdown()
         elif not self._room.try_take(self):
@@ -157,7 +159,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self.head_since_s = time.monotonic()
         scope: Any = self.scope
-        scope[LISTENS_ON] = _addresses(self._server)
+        scope[LISTENS_ON] = self._listens_on
 
     def on_headers_complete(self) -> None:
         self._has_got_on, self.head_since_s = True, None

@@ -3,7 +3,8 @@
 BentoML empties its folder whenever a server starts, also one that fails at once. Then a service
 that runs has no metrics any more, and two tell of each other's. Ours lie in
 `$BENTOML_HOME/mlops/metrics`, one for each server; all of its workers hold a lock on it. The last
-of its processes removes it. When that was killed, the next worker of another server does.
+of its processes removes it, which with our command is the command. When that was killed, the next
+worker of another server does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlops.serving.http.prometheus import FOLDER_VARIABLE
+from mlops.serving.bentoml import supervision
+from mlops.serving.http.prometheus import METRICS_FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +40,24 @@ def give_own_metrics_folder() -> None:
 
 def hold_own_metrics_folder() -> None:
     """In a worker: keep the server's folder for as long as this process runs."""
-    folder = Path(os.environ.get(FOLDER_VARIABLE, ""))
+    folder = Path(os.environ.get(METRICS_FOLDER_VARIABLE, ""))
     if folder.parent != _root():
         return  # there is none, or somebody else has chosen it
     try:
         with _root_locked():
-            for other in set(_root().iterdir()) - {folder}:
-                if time.time() - other.stat().st_mtime > STARTING_S:
-                    _remove_unless_held(other)
             folder.mkdir(mode=0o700, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_SH)
+            for other in set(_root().iterdir()) - {folder}:
+                with contextlib.suppress(OSError):  # another user's
+                    if time.time() - other.stat().st_mtime > STARTING_S:
+                        _remove_unless_held(other)
     except OSError as exc:
         logger.warning("the folder of the metrics cannot be held: %s", exc)
         return
-    atexit.register(_leave, folder, lock)
+    # The command's workers leave it to the command: those that come after them need it.
+    if not supervision.is_supervised():
+        atexit.register(_leave, folder, lock)
 
 
 def _leave(folder: Path, lock: int | None = None) -> None:

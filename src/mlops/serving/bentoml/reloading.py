@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 
 import click
 
+from mlops.counts import count
 from mlops.serving.bentoml.shutdown import running_arbiter
 from mlops.serving.bentoml.sources import Sources, short
 from mlops.serving.bentoml.supervision import RELOAD_VARIABLE
@@ -49,7 +49,9 @@ def reloading(
     reloader = _Reloader(target, working_dir, sources, ending)
     thread = threading.Thread(target=reloader.run, name="mlops-reload", daemon=True)
     models = " and the model" if sources.models else ""
-    click.echo(f"Watching {len(sources.code)} files of code{models} for changes.", err=True)
+    click.echo(
+        f"Watching {count(len(sources.code), 'file')} of code{models} for changes.", err=True
+    )
     os.environ[RELOAD_VARIABLE] = "1"  # for the workers
     thread.start()
     try:
@@ -77,9 +79,12 @@ class _Reloader:
     def run(self) -> None:
         """Until `is_over`."""
         while not self.is_over.wait(LOOK_S):
-            now = _look_at(self._sources)
-            if now != self._seen:
-                self._after_change(now)
+            try:
+                now = _look_at(self._sources)
+                if now != self._seen:
+                    self._after_change(now)
+            except OSError as exc:  # a folder that is replaced just now
+                click.echo(f"what has changed cannot be looked at: {exc}", err=True)
 
     def _after_change(self, now: Snapshot) -> None:
         while not self.is_over.wait(LOOK_S) and (later := _look_at(self._sources)) != now:
@@ -93,7 +98,7 @@ class _Reloader:
                 f"{what}; the service goes on as it was until that is mended: {found.error}",
                 err=True,
             )
-        elif not self._ending.is_set():
+        elif not self._ending.is_set() and _look_at(found) == self._seen:  # else once more
             click.echo(f"{what}: starting the workers again.", err=True)
             self._restart()
 
@@ -120,8 +125,8 @@ class _Reloader:
                         process.kill()
         if self.is_over.is_set() or self._ending.is_set():
             return None
-        if process.returncode:
-            return Sources(None, (), error=f"the import ended with status {process.returncode}")
+        if not answer:  # circus may have taken the status
+            return Sources(None, (), error="the import ended before it was done")
         sources = Sources.from_json(answer)
         if not sources.error and sources.name != self._name:
             reason = f"it was called {self._name!r} and is {sources.name!r} now: serve it anew"
@@ -138,8 +143,6 @@ class _Reloader:
         while not is_done.wait(LOOK_S):
             if self.is_over.is_set():
                 return
-        if self._ending.is_set():  # circus drops a signal that comes while it restarts
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _restart_workers(arbiter: Any, is_done: threading.Event) -> None:
@@ -152,8 +155,10 @@ async def _restart_workers(arbiter: Any, is_done: threading.Event) -> None:
             await asyncio.sleep(_CONFLICT_S)
         else:
             break
-    await restarted
-    is_done.set()
+    try:
+        await restarted
+    finally:
+        is_done.set()
 
 
 def _describe_change(before: Snapshot, now: Snapshot) -> str:

@@ -21,11 +21,11 @@ import logging
 import math
 import os
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from mlops.engine.owner import leave_at_once
 from mlops.serving.bentoml import supervision
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def ending_well(app: Starlette, host: RunnerHost, options: HTTPOptions) -> Starl
                 await stack.enter_async_context(_ending(server, host, options))
             yield state
         if server is not None and host.is_broken:  # it did not unload
-            atexit.register(_leave_at_once)
+            atexit.register(leave_at_once)
 
     app.router.lifespan_context = around
     return app
@@ -130,7 +130,7 @@ class Ending:
 
     def on_broken(self) -> None:
         """End at once, whatever becomes of what computes; called in the event loop."""
-        atexit.register(_leave_at_once)  # runs before what would wait for the model
+        atexit.register(leave_at_once)  # runs before what would wait for the model
         self.begin(at_once=True)
 
     def close(self) -> None:
@@ -205,6 +205,7 @@ def _watch(reading: int, was_asked: threading.Event, on_death: OnDeath) -> None:
             if number not in {signal.SIGTERM, signal.SIGINT}:
                 continue
             arbiter.loop.add_callback(_stop_listening, arbiter)
+            arbiter.loop.add_callback(_stop, arbiter)  # circus drops a signal when it is busy
             if was_asked.is_set() or number == signal.SIGINT:
                 _interrupt_workers(arbiter)
             was_asked.set()
@@ -235,7 +236,7 @@ async def _look_after_workers(arbiter: Any, on_death: OnDeath) -> None:
 async def _stop(arbiter: Any) -> None:
     from circus.exc import ConflictError
 
-    while arbiter.running:
+    while arbiter.running and not arbiter._stopping:
         try:
             await arbiter.stop()
         except ConflictError:  # it is doing something else, such as to look after workers
@@ -264,15 +265,6 @@ def _running_server() -> uvicorn.Server | None:
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     is_main = threading.current_thread() is threading.main_thread()
     return server if is_main and isinstance(server, uvicorn.Server) else None
-
-
-def _leave_at_once() -> None:
-    """End the process with a failure, although a thread of it computes on or is missing."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-            stream.flush()
-    os._exit(1)
 
 
 def _end_if_stuck(after_s: float) -> None:

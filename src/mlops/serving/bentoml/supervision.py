@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from mlops.errors import MLOpsError, ServiceError
+from mlops.errors import MLOpsError, ServiceError, sentence_of
 from mlops.serving.http.host import log_load_failure
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ MAX_DEATHS = 3
 """So many workers, one after the other, that die before they are ready: the service is given up."""
 
 _REASON = "reason"
+_NONE_LEFT = "No active process"  # circus's words
 _READY, _FAILED = "ready-", "failed-"  # with a process id: names of files
 _ASKED_TO_END = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
@@ -65,9 +66,12 @@ def supervised(
         try:
             yield Deaths(Path(folder), ours)
         except RuntimeError as exc:  # circus, when its last worker is dead and none is started
-            if not reason.exists():
+            if reason.exists():
+                raise _failure(reason) from exc
+            if _NONE_LEFT not in str(exc):
                 raise
-            raise _failure(reason) from exc
+            why = "the last worker has ended, and nothing here starts another"
+            raise ServiceError(why, "serve") from exc
         finally:
             for variable in variables:
                 os.environ.pop(variable, None)
@@ -99,7 +103,8 @@ class Deaths:
         was_ready = mine in ready
         self._known_ready = ready - {mine}
         (self._folder / mine).unlink(missing_ok=True)
-        if status in _ASKED_TO_END or (was_ready and status == 0):
+        was_asked = status in _ASKED_TO_END or (was_ready and status == 0)
+        if was_asked and not is_last:
             return False
         logger.disabled = False  # BentoML's command has silenced those that it does not know
         died = f"worker {process_id} {_how(status)}"
@@ -139,7 +144,7 @@ def noting_failures() -> Iterator[None]:
     except Exception as exc:
         if place := folder():
             with contextlib.suppress(OSError):  # it is raised on, and printed
-                (place / f"{_FAILED}{os.getpid()}").write_text(_tell(exc), encoding="utf-8")
+                (place / f"{_FAILED}{os.getpid()}").write_text(sentence_of(exc), encoding="utf-8")
         raise
 
 
@@ -169,12 +174,15 @@ def report_failure(exc: Exception) -> None:
     """Leave the reason and ask the command's process to stop, which prints it; else log it.
 
     The first reason counts. What nobody foresaw is logged with its traceback as well. With
-    `--reload` a worker's failure is logged, and the server goes on: the next change may mend it.
+    `--reload` a failure that a worker reports itself is logged, and the server goes on: the next
+    change may mend it.
     """
     if (place := folder()) is None:
         log_load_failure(exc)
         return
-    told = str(exc) if isinstance(exc, MLOpsError) else f"the model cannot be loaded: {_tell(exc)}"
+    told = sentence_of(exc)
+    if not isinstance(exc, MLOpsError):
+        told = f"the model cannot be loaded: {told}"
     process_id = int(os.environ[PROCESS_VARIABLE])
     if os.environ.get(RELOAD_VARIABLE) and process_id != os.getpid():
         logger.error("%s; waiting for a change of the code or the model", told)
@@ -200,10 +208,6 @@ def _how(status: int) -> str:
     except ValueError:
         name = f"signal {-status}"
     return f"was killed by {name}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
-
-
-def _tell(exc: Exception) -> str:
-    return str(exc) if isinstance(exc, MLOpsError) else f"{type(exc).__name__}: {exc}"
 
 
 def _failure(reason: Path) -> ServiceError:

@@ -30,7 +30,8 @@ class Hosts:
     and the service disagree about whom is asked (RFC 9112, 3.2).
 
     With `allowed_hosts`, those are the names in it. Without, any name will do, unless the service
-    has no keys and listens on this machine's own addresses (127.0.0.1, ::1) alone. Always allowed
+    has no keys and listens on this machine's own addresses (127.0.0.1, ::1) alone. (Where a server
+    does not say what it listens on, the address that the client came by counts.) Always allowed
     are `localhost` and all below it, these addresses, and the one that the client has connected to.
     A request of HTTP/1.0 without `Host` is let in: no browser sends one.
     """
@@ -64,11 +65,11 @@ class Hosts:
     def _is_checked(self, scope: Scope) -> bool:
         if self._allowed:
             return True
-        return not self._has_keys and all(_is_loopback(one) for one in listens_on(scope))
+        return not self._has_keys and all(is_loopback(one) for one in listens_on(scope))
 
     def _is_allowed(self, host: str, scope: Scope) -> bool:
         name = _name(host)
-        if not name or name == "localhost" or name.endswith(".localhost") or _is_loopback(name):
+        if not name or name == "localhost" or name.endswith(".localhost") or is_loopback(name):
             return True
         if name == (scope.get("server") or ("",))[0]:
             return True
@@ -100,7 +101,8 @@ def _name(host: str) -> str:
     return host.partition(":")[0].removesuffix(".")
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether this is an address of this machine alone."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:

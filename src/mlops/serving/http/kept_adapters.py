@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlops.errors import IntegrityError, InvalidRequestError, MLOpsError, ServiceError
+from mlops.errors import IntegrityError, InvalidRequestError, ServiceError, sentence_of
 from mlops.serving.http.adapters import find_adapter, without_folders
 from mlops.serving.runner.base import AdapterRunner, Runner
 
@@ -77,7 +77,7 @@ class KeptAdapters:
             try:
                 self._load(runner, name, adapter)
             except Exception as exc:  # whatever it is, the others are served
-                reason = str(exc) if isinstance(exc, MLOpsError) else f"{type(exc).__name__}: {exc}"
+                reason = sentence_of(exc)
                 self.missing[name] = without_folders(reason)
                 logger.warning("the adapter %r cannot be loaded again: %s", name, reason)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PLAIN_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 TIME_BUCKETS_S = (*BUCKETS_S, 120.0, 300.0)
 
 _LATENCY = "mlops_e2e_request_latency_seconds"
@@ -157,7 +157,7 @@ class Metrics:
         import prometheus_client as prometheus
 
         self._info = info
-        self._folder = os.environ.get(FOLDER_VARIABLE)
+        self._folder = os.environ.get(METRICS_FOLDER_VARIABLE)
         if self._folder:
             withstand_full_disk(Path(self._folder))
         self._registry = registry = prometheus.CollectorRegistry()
