@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -22,7 +23,8 @@ def waiting_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray-attacks")
     home = folder / "bentoml"
     with environment(BENTOML_HOME=str(home)):
-        build_waiting(folder, "1.0.0")
+        for version in ("1.0.0", "2.0.0"):
+            build_waiting(folder, version)
     return home
 
 
@@ -45,6 +47,30 @@ def test_a_cluster_killed_in_the_middle_is_one_sentence(waiting_home: Path, tmp_
             assert other.wait() == 1
             said = other.told().splitlines()[before:]
             assert len(said) == 1 and "no Ray cluster answers at" in said[0], said
+
+
+def test_two_cores_have_room_for_an_update(waiting_home: Path, tmp_path: Path) -> None:
+    with ServingProcess(LOCAL, tmp_path, waiting_home) as command:
+        wait_until(lambda: "Ctrl-C" in command.told())
+
+        def mlops(*arguments: str) -> str:
+            return subprocess.run(
+                [*MLOPS, *arguments, "--ray-address", _address(command)],
+                env={**os.environ, "BENTOML_HOME": str(waiting_home)},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                timeout=LONG_S,
+            ).stdout
+
+        update = ("deploy", "waiting:2.0.0", "--port", str(command.port), "--replicas", "1")
+        updated = json.loads(mlops(*update, "--json"))
+        assert (updated["bento_tag"], updated["num_replicas"]) == ("waiting:2.0.0", 1)
+        (row,) = json.loads(mlops("status", "--json"))
+        assert (row["bento_tag"], row["status"]) == ("waiting:2.0.0", "RUNNING")
+        assert len(mlops("status").splitlines()) == 2, "a line for each application, in a pipe"
+        gone = json.loads(mlops("undeploy", row["application"], "--json"))
+        assert gone == {"application": row["application"], "status": "gone"}
 
 
 def test_what_was_undeployed_elsewhere_ends_quietly(waiting_home: Path, tmp_path: Path) -> None:
