@@ -6,6 +6,7 @@ import only the standard library and Typer at their top, so that `mlops --help` 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -107,6 +108,9 @@ def options(
 
 def main() -> None:
     """Run the command line. An error raised on purpose is one red sentence and exit status 1."""
+    # A shell that closes them (`>&-`) leaves none.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it has no letters for, it shows as ?
             stream.reconfigure(errors="replace")
@@ -117,3 +121,8 @@ def main() -> None:
             raise
         console.print_error(at_the_command_line(str(error)))
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in {errno.ENOSPC, errno.EIO}:
+            raise
+        console.print_error(f"the output cannot be written: {error.strerror}")
+        os._exit(1)  # what is still to be written would fail again

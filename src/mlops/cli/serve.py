@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +82,8 @@ def serve(
     ]
     if is_service(target):
         _bentoml("serve", target, *options)
+    # Until the server has its own handler: SIGTERM would leave the folder behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mlops-service-") as folder:
         Path(folder, "service.py").write_text(_service_of(target), encoding="utf-8")
         _bentoml("serve", "service:svc", "--working-dir", folder, *options)

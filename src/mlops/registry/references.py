@@ -11,7 +11,7 @@ from mlops.hardware.home import expand
 from mlops.registry import tags
 from mlops.registry.blobs import hash_file
 from mlops.registry.manifest import Manifest, StoredFile, is_digest
-from mlops.registry.store import ModelStore
+from mlops.registry.store import ModelStore, StoredModel
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def _find(model: str | Path) -> ResolvedModel:
     text = str(model)
     path = expand(text)
     if path.exists():
-        return ResolvedModel(path.resolve(), recognise(path))
+        path = path.resolve()
+        return _entry_at(path) or ResolvedModel(path, recognise(path))
     if isinstance(model, str) and (reference := split_reference(text)):
         tag, digest = reference
-        entry = ModelStore().get(tag)
-        resolved = ResolvedModel(entry.path, recognise(entry.path), entry.tag, entry.digest)
+        resolved = _resolved(ModelStore().get(tag))
         if digest:
             verify_digest(resolved, digest)
         return resolved
@@ -116,6 +116,19 @@ def _find(model: str | Path) -> ResolvedModel:
         "resolve",
         {"path": text},
     )
+
+
+def _entry_at(path: Path) -> ResolvedModel | None:
+    """The entry of the model store whose folder this is, as trainers name the base they loaded."""
+    store = ModelStore()
+    tag = f"{path.parent.name}:{path.name}"
+    if path.parent.parent != store.models.resolve() or not tags.is_tag(tag) or not store.has(tag):
+        return None
+    return _resolved(store.get(tag))
+
+
+def _resolved(entry: StoredModel) -> ResolvedModel:
+    return ResolvedModel(entry.path, recognise(entry.path), entry.tag, entry.digest)
 
 
 def split_reference(text: str) -> tuple[str, str | None] | None:

@@ -605,3 +605,14 @@ def test_building_works_without_a_network(
     )
     assert done.returncode == 0, done.stderr
     assert bentoml.bentos.get(done.stdout.strip()).info.all_models
+
+
+def test_a_base_that_a_trainer_loaded_from_the_store_is_that_entry(
+    bentoml_home: Path, base: Path, tmp_path: Path
+) -> None:
+    stored = package_model(base, "llama", model_version="1.0.0", build_bento=False)
+    entry = ModelStore().get(stored["model_tag"])
+    write_lora_adapter(tmp_path / "tone", base, base_reference=str(entry.path))
+    result = package_model(tmp_path / "tone", build_bento=False)
+    assert result["base_model_tag"] == "llama:1.0.0"
+    assert len(ModelStore().list()) == 2

@@ -346,3 +346,21 @@ def test_shells_complete_commands_and_options(
     )
     assert said in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", ["-h", "doctor --json"])
+def test_output_that_cannot_be_written_is_one_sentence(command: str) -> None:
+    shell = f"from mlops.cli import main; main()' {command}"
+    full = subprocess.run(
+        f"{shlex.quote(sys.executable)} -c '{shell} >/dev/full; echo $?; "
+        f"{shlex.quote(sys.executable)} -c '{shell} >&-; echo $?",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert full.stdout.split() == ["1", "0"]
+    (said,) = full.stderr.splitlines()
+    assert said == "the output cannot be written: No space left on device"

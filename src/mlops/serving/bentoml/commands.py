@@ -88,6 +88,10 @@ def _around(run: Callable[..., None]) -> Callable[..., None]:
                 raise
             from bentoml._internal.configuration.containers import BentoMLContainer
 
+            if exc.errno == errno.EADDRNOTAVAIL:
+                raise click.ClickException(
+                    f"{options['host']} is no address of this machine: choose another with --host"
+                ) from exc
             port = options["port"] or BentoMLContainer.http.port.get()
             raise click.ClickException(
                 f"port {port} cannot be listened on ({exc.strerror}): choose another with --port"

@@ -20,6 +20,7 @@ import faulthandler
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 LAST_WORDS_S = 3.0
 """For clients to read the error that ends their request."""
 
+_LOOK_AFTER_COMMAND_S = 1.0
 EXIT_S = 10.0
 """For a process whose requests are over; one that hangs then is ended with its stacks printed."""
 
@@ -88,10 +90,28 @@ async def _ending(
     async with watched(server, host):
         ending.install()
         host.on_broken = ending.on_broken
+        watching = asyncio.create_task(_end_without_command(ending, os.getppid()))
         try:
             yield
         finally:
+            watching.cancel()
             ending.close()
+
+
+async def _end_without_command(ending: Ending, command: int) -> None:
+    """End this worker when the command that has started it was killed: nobody else would.
+
+    Args:
+        command: its process id.
+    """
+    folder = supervision.folder()
+    if folder is None:
+        return
+    while os.getppid() == command:
+        await asyncio.sleep(_LOOK_AFTER_COMMAND_S)
+    logger.error("the command that started this worker, process %d, is gone: it ends", command)
+    shutil.rmtree(folder, ignore_errors=True)  # it cannot any more
+    ending.begin(at_once=False)
 
 
 class Ending:

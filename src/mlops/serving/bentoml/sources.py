@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.hardware.home import expand
+from mlops.serving.bentoml.config import BentoMLConfig
 
 MODEL_SUFFIXES = frozenset(
     {
@@ -72,12 +73,21 @@ def load_service(target: str, working_dir: str | None) -> Any:
 
     Args:
         target: `module:variable`, a folder, or the tag of a Bento.
+
+    Raises:
+        ConfigError: a setting in the environment holds what it may not.
+        Exception: whatever the import raises.
     """
     from bentoml._internal.log import configure_server_logging
     from bentoml._internal.service.loader import load
 
     configure_server_logging()
-    return load(target, working_dir=folder_of(target, working_dir))
+    try:
+        return load(target, working_dir=folder_of(target, working_dir))
+    except Exception:
+        # BentoML tells of a wrong setting as of a tag that is none.
+        BentoMLConfig.load()  # raises what is wrong in the environment
+        raise
 
 
 def folder_of(target: str, working_dir: str | None) -> str:

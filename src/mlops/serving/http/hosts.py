@@ -6,6 +6,7 @@ machine alone, as if it were the page's own server. What gives it away is the na
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +57,7 @@ class Hosts:
                 return
 
         async def send_relative(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and message["status"] // 100 == 3:
                 message = {**message, "headers": _relative(scope, message.get("headers", ()))}
             await send(message)
 
@@ -101,6 +102,7 @@ def _name(host: str) -> str:
     return host.partition(":")[0].removesuffix(".")
 
 
+@functools.lru_cache(maxsize=1024)
 def is_loopback(name: str) -> bool:
     """Whether this is an address of this machine alone."""
     try:
