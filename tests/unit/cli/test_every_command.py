@@ -352,14 +352,12 @@ def test_shells_complete_commands_and_options(
 @pytest.mark.parametrize("command", ["-h", "doctor --json"])
 def test_output_that_cannot_be_written_is_one_sentence(command: str) -> None:
     shell = f"from mlops.cli import main; main()' {command}"
-    full = subprocess.run(
+    both = (
         f"{shlex.quote(sys.executable)} -c '{shell} >/dev/full; echo $?; "
-        f"{shlex.quote(sys.executable)} -c '{shell} >&-; echo $?",
-        shell=True,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
+        f"{shlex.quote(sys.executable)} -c '{shell} >&-; echo $?"
+    )
+    full = subprocess.run(
+        ["sh", "-c", both], capture_output=True, text=True, check=True, timeout=120
     )
     assert full.stdout.split() == ["1", "0"]
     (said,) = full.stderr.splitlines()

@@ -15,7 +15,7 @@ import ipaddress
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,16 @@ PROBES = frozenset({"/health", "/livez", "/readyz", "/healthz"})
 _EXPOSED_HEADERS = ("X-Request-Id", "Retry-After")
 
 
-def guards(settings: HTTPSettings, limits: Limits | None = None) -> list[Middleware]:
+def guards(
+    settings: HTTPSettings, limits: Limits | None = None, paths: Collection[str] = frozenset()
+) -> list[Middleware]:
     """What stands before the routes, outermost first: as little as the settings need.
 
     Args:
         limits: of each client, where they may change; otherwise those of the settings.
+        paths: of routes that never redirect.
     """
-    chain = [Middleware(Failures), Middleware(Hosts, settings=settings)]
+    chain = [Middleware(Failures), Middleware(Hosts, settings=settings, paths=paths)]
     if settings.cors_origins:
         # Outermost: a browser hides an error from its page when the headers are missing. A page
         # sends its key itself, never a cookie, so any header and method may be asked for.

@@ -58,7 +58,7 @@ def create_app(
         middleware=[
             *middleware,
             Middleware(Front, served=served),
-            *guards(served.settings, served.limits),
+            *guards(served.settings, served.limits, served.paths),
         ],
         exception_handlers={HTTPException: _failed, Exception: _failed},
     )

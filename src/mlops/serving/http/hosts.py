@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -16,7 +16,7 @@ from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlops.serving.http.paths import is_handed_over, listens_on
+from mlops.serving.http.paths import is_handed_over, listens_on, route_path
 from mlops.serving.http.settings import HTTPSettings
 
 MAX_SHOWN = 80
@@ -35,10 +35,16 @@ class Hosts:
     does not say what it listens on, the address that the client came by counts.) Always allowed
     are `localhost` and all below it, these addresses, and the one that the client has connected to.
     A request of HTTP/1.0 without `Host` is let in: no browser sends one.
+
+    Args:
+        paths: of routes that never redirect.
     """
 
-    def __init__(self, app: ASGIApp, settings: HTTPSettings) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: HTTPSettings, paths: Collection[str] = frozenset()
+    ) -> None:
         self._app = app
+        self._paths = paths
         self._allowed = tuple(name.lower() for name in settings.allowed_hosts)
         self._has_keys = bool(settings.api_keys)
 
@@ -55,6 +61,10 @@ class Hosts:
             if not self._is_allowed(host, scope):
                 await _refuse(421, _why(host), scope, send)
                 return
+
+        if route_path(scope) in self._paths:  # it does not redirect, and may send many events
+            await self._app(scope, receive, send)
+            return
 
         async def send_relative(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] // 100 == 3:
