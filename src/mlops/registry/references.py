@@ -10,7 +10,7 @@ from mlops.errors import IntegrityError, PackagingError
 from mlops.hardware.home import expand
 from mlops.registry import tags
 from mlops.registry.blobs import hash_file
-from mlops.registry.manifest import Manifest, StoredFile, is_digest
+from mlops.registry.manifest import FILE_NAME, Manifest, StoredFile, is_digest
 from mlops.registry.store import ModelStore, StoredModel
 
 
@@ -120,6 +120,8 @@ def _find(model: str | Path) -> ResolvedModel:
 
 def _entry_at(path: Path) -> ResolvedModel | None:
     """The entry of the model store whose folder this is, as trainers name the base they loaded."""
+    if not (path / FILE_NAME).is_file():  # a plain folder needs no store
+        return None
     store = ModelStore()
     tag = f"{path.parent.name}:{path.name}"
     if path.parent.parent != store.models.resolve() or not tags.is_tag(tag) or not store.has(tag):

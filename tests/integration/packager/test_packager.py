@@ -616,3 +616,11 @@ def test_a_base_that_a_trainer_loaded_from_the_store_is_that_entry(
     result = package_model(tmp_path / "tone", build_bento=False)
     assert result["base_model_tag"] == "llama:1.0.0"
     assert len(ModelStore().list()) == 2
+
+
+def test_a_plain_folder_needs_no_store(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no-folder").touch()
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "no-folder"))
+    assert resolve(base).tag is None

@@ -16,17 +16,27 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLOPS_DEBUG", raising=False)
 
 
-def refusal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+def said_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str,
+    status: int,
 ) -> str:
-    """What the command says before it ends with 1."""
+    """What `mlops` says before it ends with this status; nothing of it on stdout."""
     monkeypatch.setattr(sys, "argv", ["mlops", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr()
-    assert ended.value.code == 1
+    assert ended.value.code == status
     assert said.out == ""
-    (sentence,) = said.err.splitlines()
+    return said.err
+
+
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The one sentence of a command that cannot do what it was asked."""
+    (sentence,) = said_at_the_end(monkeypatch, capsys, *arguments, status=1).splitlines()
     return sentence
 
 
@@ -34,13 +44,7 @@ def misunderstood(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> str:
     """What `mlops` says of a command line that makes no sense."""
-    monkeypatch.setattr("sys.argv", ["mlops", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    assert ended.value.code == 2
-    assert said.out == ""
-    return said.err
+    return said_at_the_end(monkeypatch, capsys, *arguments, status=2)
 
 
 REPLICAS = "replicas are not allowed; use a number from 1 to 1000, or the fewest and the most"
