@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from mlops.errors import DeploymentError, MissingDependencyError, MLOpsError
 from mlops.hardware.home import expand
 from mlops.serving.bentoml.config import BentoMLConfig
+from mlops.serving.http.hosts import is_loopback
 from mlops.serving.ray.running import DELETING, RunningApplication, reason_of, room_missing
 
 AUTO = "auto"
@@ -377,7 +378,7 @@ def _known_address(address: str) -> str:
 
 def _is_loopback(address: str) -> bool:
     host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    return host == "localhost" or is_loopback(host)
 
 
 def _use_loopback() -> None:
