@@ -132,6 +132,13 @@ class Checkpoint:
         pooling: how a model made for embeddings gives them, else None.
         is_headless: the names in the weight files lack the `model.` that a model with an output
             layer has; the names in `tensors` have it.
+        model_config: what mlx-lm is given in place of what `config.json` says, where it would not
+            read that: the same settings by the names that it knows.
+        files: names relative to `path` of all that it consists of, sorted: what is checked, hashed,
+            stored and loaded. Empty when that is every file there.
+        left_out: names of what else lies in the folder, sorted.
+        warnings: what its user should know, a sentence each; nothing in them keeps it from
+            being served as it was trained.
         description: one phrase for people.
     """
 
@@ -152,6 +159,10 @@ class Checkpoint:
     adapter: AdapterInfo | None = None
     pooling: Pooling | None = None
     is_headless: bool = False
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def size_of_model(num_parameters: int) -> str:
