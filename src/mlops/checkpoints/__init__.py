@@ -7,6 +7,7 @@ Only names and headers are read; no weights are loaded and no framework is impor
     adapters        LoRA and DoRA adapters of mlx-lm and PEFT; do they fit a base model
     other_formats   PyTorch, ONNX, Core ML and MLX function files
     consistency     does config.json describe these tensors
+    quantization    how weights are quantized, and whether mlx-lm computes with them
     architectures   which architectures the installed mlx-lm has
     pooling         how a model made for embeddings gives them
     tensors         all tensors of a checkpoint, and their shapes when quantized
@@ -29,6 +30,7 @@ from mlops.checkpoints.checkpoint import (
 )
 from mlops.checkpoints.files import CheckpointFile, list_files
 from mlops.checkpoints.pooling import Pooling, PoolingMode
+from mlops.checkpoints.quantization import describe_quantization
 from mlops.checkpoints.recognition import recognise
 from mlops.checkpoints.safetensors import SafetensorsHeader, read_header
 
@@ -44,6 +46,7 @@ __all__ = [
     "TensorInfo",
     "adapter_delta_is_zero",
     "check_adapter_fits",
+    "describe_quantization",
     "list_files",
     "read_header",
     "recognise",

@@ -6,13 +6,14 @@ import ast
 import importlib.util
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from mlops.errors import MissingDependencyError
 
 _HAS_MODEL = re.compile(r"^class Model\b|^from \S+ import .*\bModel\b|^Model\s*=", re.MULTILINE)
+_SIBLING = re.compile(r"^from \.(\w+) import|^from \. import (\w+)", re.MULTILINE)
 
 
 def is_supported(config: Mapping[str, Any]) -> bool:
@@ -22,11 +23,33 @@ def is_supported(config: Mapping[str, Any]) -> bool:
         MissingDependencyError: mlx-lm is not installed.
     """
     name = _remapped(config["model_type"], config.get("architectures"))
-    module = next(
-        (file for file in (_package_folder() / "models").iterdir() if file.name == f"{name}.py"),
-        None,
-    )
-    return module is not None and bool(_HAS_MODEL.search(module.read_text(encoding="utf-8")))
+    return bool(_HAS_MODEL.search(_source(_package_folder(), name)))
+
+
+def source_mentions(config: Mapping[str, Any], word: str) -> bool:
+    """True when the code that mlx-lm has for this `config.json` reads tensors of such a name.
+
+    What it imports from other architectures counts: `kimi_k25` is `deepseek_v3` inside.
+    """
+    package = _package_folder()
+    pending, seen = [_remapped(config["model_type"], config.get("architectures"))], set[str]()
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            source = _source(package, name)
+            if word in source:
+                return True
+            pending += [one or other for one, other in _SIBLING.findall(source)]
+    return False
+
+
+@lru_cache(maxsize=64)  # names come from hostile files
+def _source(package: Path, name: str) -> str:
+    """Of one module of `mlx_lm.models`; empty when there is none of that name."""
+    files = (package / "models").iterdir()
+    module = next((file for file in files if file.name == f"{name}.py"), None)
+    return "" if module is None else module.read_text(encoding="utf-8")
 
 
 def _remapped(model_type: str, architectures: Any) -> str:

@@ -25,6 +25,11 @@ TIED_ALWAYS = frozenset({"gemma", "gemma2"})
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in"})
 _LAYER = re.compile(r"^(.*?\b(?:\w*layers|h|blocks))\.(\d+)\.")
 _OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech", "mtp", "encoder", "predict")
+_COUNT = re.compile(r"(?:^|_)(?:num|n)_(?:\w+_)?(?:layers?|experts?|blocks|loops|heads|inputs)$")
+_LISTED = re.compile(r"layer|block|pattern")
+MAX_MODULES = 4096
+"""More layers, experts or heads than any model has: building them would not end."""
+
 _ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers"),
@@ -64,6 +69,22 @@ def _problems(config: Mapping[str, Any], shapes: WeightShapes) -> Iterator[str]:
     yield from _layer_problems(config, shapes.tensors)
     if config.get("model_type") in PLAIN_DECODERS:
         yield from _missing(config, shapes.tensors)
+    yield from _unbounded(config)
+
+
+def _unbounded(config: Mapping[str, Any]) -> Iterator[str]:
+    """What mlx-lm makes so many modules of, for tensors that may not even be there."""
+    pending: list[Mapping[str, Any]] = [config]
+    while pending:
+        for name, value in pending.pop().items():
+            if isinstance(value, dict) and name not in ("quantization", "quantization_config"):
+                pending.append(value)
+            is_number = isinstance(value, int | float) and _COUNT.search(name)
+            length = value if is_number else 0
+            if isinstance(value, str | list) and _LISTED.search(name):
+                length = len(value)
+            if length > MAX_MODULES:
+                yield f"{name[:80]} is {str(length)[:20]}, and no model has so many"
 
 
 def _quantization_problems(config: Mapping[str, Any], shapes: WeightShapes) -> Iterator[str]:

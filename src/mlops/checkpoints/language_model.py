@@ -17,6 +17,7 @@ from mlops.checkpoints.checkpoint import (
 from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
 from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.pooling import read_pooling
+from mlops.checkpoints.quantization import describe_quantization, read_quantization
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.counts import count
@@ -44,12 +45,14 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
     if INDEX in files:
         _check_index(path, read_json(files[INDEX]), tensors)
     if not architectures.is_supported(config):
+        needs_code = " (its own code, which auto_map names, would be needed and is never run)"
         raise refusal(
             f"the architecture {config['model_type']!r} of {path} is unknown to the installed "
-            "mlx-lm; a newer mlx-lm may know it",
+            f"mlx-lm{needs_code if config.get('auto_map') else ''}; a newer mlx-lm may know it",
             path,
             architecture=config["model_type"],
         )
+    quantization = read_quantization(path, config, tensors, files)
     is_headless = config["model_type"] in PLAIN_DECODERS and "embed_tokens.weight" in tensors
     if is_headless:
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -57,7 +60,6 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
-    quantization = _quantization(config)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
     has_tokenizer = any(name in files for name in _TOKENIZERS) or any(
@@ -68,11 +70,11 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         kind=CheckpointKind.LANGUAGE_MODEL,
         format="mlx" if is_mlx else "transformers",
         framework="mlx" if is_mlx else "transformers",
-        description=_describe(config, quantization, num_parameters, weight_files, has_tokenizer),
+        description=_describe(config, quantization.summary, num_parameters, weight_files, has_tokenizer),
         weight_files=tuple(file.relative_path for file in weight_files),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         architecture=config["model_type"],
-        quantization=quantization,
+        quantization=quantization.summary,
         num_parameters=num_parameters,
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
         tensors=tensors,
@@ -80,6 +82,8 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         config=config,
         pooling=read_pooling(config, files),
         is_headless=is_headless,
+        model_config=quantization.model_config,
+        warnings=quantization.warnings,
     )
 
 
@@ -149,19 +153,6 @@ def _check_index(path: Path, index: dict[str, Any], tensors: Mapping[str, Tensor
         )
 
 
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    for key in ("quantization", "quantization_config"):
-        settings = config.get(key)
-        if isinstance(settings, dict):
-            method = settings.get("mode", settings.get("quant_method", "affine"))
-            return {
-                "bits": settings.get("bits"),
-                "group_size": settings.get("group_size"),
-                "mode": method,
-            }
-    return None
-
-
 def _describe(
     config: Mapping[str, Any],
     quantization: Mapping[str, Any] | None,
@@ -169,10 +160,8 @@ def _describe(
     weight_files: list[CheckpointFile],
     has_tokenizer: bool,
 ) -> str:
-    prefix = ""
-    if quantization is not None:
-        bits = quantization["bits"]
-        prefix = f"{bits}-bit quantized " if isinstance(bits, int) else "quantized "
+    words = describe_quantization(quantization)
+    prefix = f"{words} quantized " if words else ""
     article = "an" if (prefix or config["model_type"])[0] in "aeiou8" else "a"
     parts = [
         f"{article} {prefix}{config['model_type']} language model",

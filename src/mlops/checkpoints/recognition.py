@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from mlops.checkpoints.adapters import CONFIG, MLX_LM_WEIGHTS, PEFT_WEIGHTS, recognise_adapter
@@ -19,7 +20,7 @@ def recognise(path: str | Path) -> Checkpoint:
     """Recognise a folder (or a single file of another library) and check that it is whole.
 
     1. list the files: nothing leads out of the folder, nothing but regular files;
-    2. no Python code of its own;
+    2. no Python code of its own (one that `auto_map` names is passed over, with a warning);
     3. an adapter, a language model or a model of another library, each checked by its own module.
 
     Raises:
@@ -40,9 +41,11 @@ def recognise(path: str | Path) -> Checkpoint:
     if has_adapter and has_model:
         raise refusal(f"{path} holds both a model and an adapter; give each its own folder", path)
     if has_adapter and (safetensors or not _pickles(path)):
-        return recognise_adapter(path, files)
+        found = recognise_adapter(path, files)
+        return replace(found, warnings=(*found.warnings, *_warn_of_code(files)))
     if safetensors:
-        return recognise_language_model(path, files)
+        found = recognise_language_model(path, files)
+        return replace(found, warnings=(*found.warnings, *_warn_of_code(files)))
     checkpoint = recognise_other(path, files)
     if checkpoint is None:
         raise _refuse_without_weights(path, files)
@@ -78,16 +81,28 @@ def _refuse_code(path: Path, files: Mapping[str, CheckpointFile]) -> None:
             files=code[:10],
         )
     for name in ("config.json", "tokenizer_config.json"):
-        config = read_json(files[name]) if name in files else {}
-        for key in ("auto_map", "model_file"):
-            if config.get(key):
-                raise refusal(
-                    f"{name} in {path} asks for the model's own Python code ({key}), which is "
-                    "never run; remove that key if the model works without",
-                    path,
-                    file=name,
-                    key=key,
-                )
+        if name in files and read_json(files[name]).get("model_file"):
+            raise refusal(
+                f"{name} in {path} asks for the model's own Python code (model_file), which is "
+                "never run; remove that key if the model works without",
+                path,
+                file=name,
+                key="model_file",
+            )
+
+
+def _warn_of_code(files: Mapping[str, CheckpointFile]) -> tuple[str, ...]:
+    """Transformers' way to name a checkpoint's own code. mlx-lm has code of its own for the model,
+    and a tokenizer that needs it is refused when it is read."""
+    return tuple(
+        f"{name} names Python code of the checkpoint's own (auto_map), which is never run: "
+        f"{part} is used in its place"
+        for name, part in (
+            ("config.json", "mlx-lm's code for the architecture"),
+            ("tokenizer_config.json", "the tokenizer in the files beside it"),
+        )
+        if name in files and read_json(files[name]).get("auto_map")
+    )
 
 
 def _refuse_without_weights(path: Path, files: Mapping[str, CheckpointFile]) -> Exception:

@@ -12,9 +12,14 @@ from mlops.checkpoints.files import CheckpointFile
 from mlops.checkpoints.refusal import refusal
 from mlops.checkpoints.safetensors import read_header
 
-MLX_BITS = (2, 3, 4, 5, 6, 8)
+MLX_BITS = (1, 2, 3, 4, 5, 6, 8)
 MLX_GROUP_SIZES = (16, 32, 64, 128)
-_QUANTIZATION_PARTS = (".scales", ".biases", ".qzeros", ".g_idx", ".weight_scale_inv")
+_QUANTIZATION_PARTS = (
+    ".scales", ".biases", ".qzeros", ".g_idx", "_scales",
+    "_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "input_global_scale",
+    "weight_zero_point", "weight_shape", "input_scale", "activation_scale",
+)  # fmt: skip
+_BITS_BY_DTYPE = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 
 
 def read_tensors(
@@ -61,6 +66,9 @@ class WeightShapes:
         self.quantization: Mapping[str, Any] = next(
             (value for value in settings if isinstance(value, dict)), {}
         )
+        text_config = config.get("text_config")
+        nested = text_config.values() if isinstance(text_config, dict) else ()
+        self._widths = {value for value in (*config.values(), *nested) if type(value) is int}
 
     def is_packed(self, module: str) -> bool:
         """True when the module's weight is quantized as MLX does it."""
@@ -100,7 +108,28 @@ class WeightShapes:
         as_declared = [columns for pair, columns in fitting if pair == declared]
         if as_declared and isinstance(own, dict):
             return as_declared
-        return as_declared + [columns for _, columns in fitting]
+        found = as_declared + [columns for _, columns in fitting]
+        return sorted(found, key=lambda columns: columns not in self._widths)
+
+    def packing(self, module: str) -> tuple[int, int | None]:
+        """Bits and group size of the module's weight; no group size when MLX did not quantize it.
+
+        They are what the tensors are, which is not always what the configuration says.
+        """
+        weight = self.tensors[f"{module}.weight"]
+        columns = self.possible_columns(module)
+        if not self.is_packed(module) or not columns:
+            return _BITS_BY_DTYPE.get(weight.dtype, 32), None
+        groups = self.tensors[f"{module}.scales"].shape[-1]
+        return weight.shape[-1] * 32 // columns[0], columns[0] // groups
+
+    def num_weights(self, module: str) -> int:
+        """Numbers in the module's weight, unpacked."""
+        weight = self.tensors[f"{module}.weight"]
+        if not self.is_packed(module):
+            return weight.size
+        columns = self.possible_columns(module)
+        return prod(weight.shape[:-1]) * (columns[0] if columns else 0)
 
     def leading(self, module: str) -> tuple[int, ...]:
         """All axes of the weight but the last: `(out,)`, or `(experts, out)`; () when unknown."""
@@ -113,12 +142,13 @@ class WeightShapes:
         total = 0
         for name, tensor in self.tensors.items():
             module, _, leaf = name.rpartition(".")
-            if leaf == "weight" and self.is_packed(module):
-                columns = self.possible_columns(module)
-                total += prod(tensor.shape[:-1]) * (columns[0] if columns else 0)
+            if leaf == "weight":
+                total += self.num_weights(module)
             elif leaf == "qweight":
                 bits = self.quantization.get("bits")
                 total += tensor.size * 32 // (bits if bits in MLX_BITS else 4)
+            elif name.endswith((".weight_packed", "_blocks")):
+                total += tensor.size * (8 if tensor.dtype == "I32" else 2)
             elif not name.endswith(_QUANTIZATION_PARTS):
                 total += tensor.size
         return total

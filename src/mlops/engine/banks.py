@@ -124,6 +124,22 @@ class AdapterBanks:
                 num_bytes += 4 * math.prod(adapter.tensors[module.key_m].shape)
         return num_bytes
 
+    def check(self, adapter: Checkpoint) -> dict[str, AdapterTensors]:
+        """Check all but values: every tensor has its place in the model, and the model uses it.
+
+        Returns:
+            Each module's tensors, not evaluated. The layers have room for adapters from now on.
+
+        Raises:
+            PackagingError: it belongs to another base model, a tensor of it would go unused, or
+                the model's code has no place for it.
+        """
+        info = _info(adapter)
+        check_adapter_fits(adapter, self._base)
+        tensors = self._read(adapter.path, info)
+        self._wrap(adapter.path, tensors)
+        return tensors
+
     def load(self, name: str, adapter: Checkpoint) -> int:
         """Read an adapter's tensors into the banks; returns its slot, 1 or more.
 
@@ -137,8 +153,7 @@ class AdapterBanks:
                 not finite, it changes nothing, or the model's code has no place for it.
         """
         info = _info(adapter)
-        check_adapter_fits(adapter, self._base)
-        tensors = self._read(adapter.path, info)
+        tensors = self.check(adapter)
         if adapter_delta_is_zero(adapter):
             raise _refusal(
                 f"the adapter {adapter.path} changes nothing: all its B matrices are zero; "
@@ -146,7 +161,6 @@ class AdapterBanks:
                 adapter.path,
                 adapter=name,
             )
-        self._wrap(adapter.path, tensors)
         rank = padded_rank(info.rank)
         prepared = self._prepare(adapter.path, rank, tensors)
         address = self._free_address(rank)

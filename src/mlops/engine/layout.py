@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from mlops.checkpoints import Checkpoint
+from mlops.checkpoints import Checkpoint, describe_quantization
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -55,7 +55,7 @@ def lay_out(
 
 def _describe_stored(checkpoint: Checkpoint) -> str:
     if checkpoint.quantization is not None:
-        return f"{checkpoint.quantization.get('bits', 'few')}-bit"
+        return describe_quantization(checkpoint.quantization)
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     return "/".join(sorted(names.get(dtype, dtype) for dtype in checkpoint.dtypes))
 

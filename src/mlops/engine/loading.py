@@ -20,7 +20,7 @@ from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.engine.token_bound import TokenBound
-from mlops.errors import ServiceError
+from mlops.errors import PackagingError, ServiceError, sentence_of
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -82,21 +82,23 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        return self._find_integer("max_position_embeddings", "n_positions", "n_ctx")
+        return find_size(self.config, "max_position_embeddings", "n_positions", "n_ctx")
 
     @property
     def vocabulary_size(self) -> int | None:
         """Rows of the embedding; None when the config does not say."""
-        return self._find_integer("vocab_size")
+        return find_size(self.config, "vocab_size")
 
-    def _find_integer(self, *names: str) -> int | None:
-        nested = self.config.get("text_config")
-        for config in (self.config, nested if isinstance(nested, Mapping) else {}):
-            for name in names:
-                value = config.get(name)
-                if isinstance(value, int) and value > 0:
-                    return value
-        return None
+
+def find_size(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these settings that is a number above 0; None when none is."""
+    nested = config.get("text_config")
+    for settings in (config, nested if isinstance(nested, Mapping) else {}):
+        for name in names:
+            value = settings.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
 
 
 def load_model(
@@ -159,7 +161,7 @@ def _load(
     loaded = LoadedModel(
         checkpoint=checkpoint,
         model=model,
-        tokenizer=_load_tokenizer(checkpoint, config),
+        tokenizer=read_tokenizer(checkpoint, config),
         config=config,
         device=device,
         layout=layout,
@@ -174,45 +176,24 @@ def _load(
 
 
 def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
-    from mlops.engine.mlx_lm import load_model as load_mlx_model
+    """Lazy: weights are read when they are laid out, one layer after the other."""
+    from mlops.engine.building import build_model
 
-    further: dict[str, Any] = {}
-    if checkpoint.is_headless:
-        # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
-        further = {
-            "get_model_classes": _headless_classes,
-            "model_config": {"tie_word_embeddings": True},
-        }
     try:
-        # Lazy: weights are read when they are laid out, one layer after the other.
-        model, config = load_mlx_model(
-            checkpoint.path, lazy=True, trust_remote_code=False, **further
-        )
-    except Exception as exc:
-        raise ServiceError(
-            f"mlx-lm cannot load {checkpoint.path}: {exc}",
-            "load_model",
-            {"path": str(checkpoint.path), "architecture": checkpoint.architecture},
-        ) from exc
-    return model, config
+        return build_model(checkpoint)
+    except PackagingError as exc:
+        raise ServiceError(exc.message, "load_model", exc.details) from exc
 
 
-def _headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's classes for a model whose weights are named without the prefix `model.`."""
-    from mlops.engine.mlx_lm import find_model_classes
+def read_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
+    """mlx-lm's `TokenizerWrapper` for a checkpoint.
 
-    model_class, args_class = find_model_classes(config)
+    Args:
+        config: `config.json` as mlx-lm reads it.
 
-    class Headless(model_class):  # type: ignore[misc, valid-type]
-        def sanitize(self, weights: Mapping[str, Any]) -> Any:
-            named = {f"model.{name}": array for name, array in weights.items()}
-            inherited = getattr(super(), "sanitize", None)
-            return inherited(named) if inherited else named
-
-    return Headless, args_class
-
-
-def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
+    Raises:
+        ServiceError: there is none, or it cannot be read.
+    """
     from mlops.engine.mlx_lm import load_tokenizer
 
     details = {"path": str(checkpoint.path)}
@@ -232,8 +213,21 @@ def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
         )
     except Exception as exc:
         raise ServiceError(
-            f"the tokenizer of {checkpoint.path} cannot be loaded: {exc}", "load_model", details
+            f"the tokenizer of {checkpoint.path} cannot be loaded: {_reason(checkpoint, exc)}",
+            "load_model",
+            details,
         ) from exc
+
+
+def _reason(checkpoint: Checkpoint, exc: Exception) -> str:
+    """What keeps a tokenizer from being read, on one line."""
+    if "trust_remote_code" in str(exc):
+        return (
+            "it needs Python code of the checkpoint's own (auto_map in tokenizer_config.json), "
+            "which is never run; put the tokenizer.json of the model beside it"
+        )
+    said = " ".join(sentence_of(exc).split())[:200]
+    return f"{said}; copy its files again from where the model comes from"
 
 
 def _try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | None, str]:

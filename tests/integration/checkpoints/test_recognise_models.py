@@ -54,7 +54,12 @@ def test_language_models(tmp_path: Path, architecture: str, quantize_bits: int |
     assert found.description.startswith(f"a {quantized}{architecture} language model, ")
     assert found.description.endswith(" parameters, 2 weight files, tokenizer included")
     if quantize_bits:
-        assert found.quantization == {"bits": 4, "group_size": 32, "mode": "affine"}
+        assert found.quantization is not None
+        bits_per_weight = found.quantization["bits_per_weight"]
+        assert found.quantization == {
+            "bits": 4, "group_size": 32, "mode": "affine", "bits_per_weight": bits_per_weight
+        }  # fmt: skip
+        assert 5 <= bits_per_weight < 7  # with 16-bit scales and zero points; norms are not packed
         assert set(found.dtypes) == {"BF16", "U32"}
     else:
         assert found.quantization is None

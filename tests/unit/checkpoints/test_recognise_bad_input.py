@@ -200,8 +200,6 @@ def test_a_config_that_does_not_match(model: Path, changes: dict[str, Any], prob
     [
         {"text_config": {"model_type": ["llama"], "hidden_size": 8}},
         {"num_layers": [2]},
-        {"quantization": [4]},
-        {"quantization": {"bits": [4], "group_size": {}}},
         {"head_dim": "4"},
         {"architectures": [["x"], 1]},
         {"architectures": "LlamaForCausalLM"},
@@ -318,15 +316,31 @@ def test_own_code(model: Path, name: str) -> None:
     assert error.details["files"] == [name]
 
 
-@pytest.mark.parametrize("key", ["auto_map", "model_file"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_config_that_asks_for_own_code(model: Path, file: str, key: str) -> None:
-    write_config(model)
-    path = model / file
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | {key: "evil.Model"}))
+def test_a_config_that_asks_for_own_code(model: Path, file: str) -> None:
+    write_key(model / file, model_file="evil.py")
     error = refused(model, "asks for the model's own Python code", "never run")
-    assert (error.details["file"], error.details["key"]) == (file, key)
+    assert (error.details["file"], error.details["key"]) == (file, "model_file")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_its_own_is_passed_over_where_mlx_lm_has_the_architecture(
+    model: Path, file: str
+) -> None:
+    write_key(model / file, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    (warning,) = recognise(model).warnings
+    assert warning.startswith(f"{file} names Python code of the checkpoint's own (auto_map)")
+    assert "never run" in warning
+
+
+def test_code_of_its_own_is_named_where_mlx_lm_lacks_the_architecture(model: Path) -> None:
+    write_config(model, model_type="evil", auto_map={"AutoConfig": "configuration_evil.Evil"})
+    refused(model, "the architecture 'evil'", "its own code, which auto_map names, would be needed")
+
+
+def write_key(path: Path, **keys: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | keys))
 
 
 def test_a_link_out_of_the_folder(model: Path) -> None:

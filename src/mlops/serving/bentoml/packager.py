@@ -1,9 +1,10 @@
 """From a checkpoint on disk to an entry of the model store and a Bento that serves it.
 
-    recognise the checkpoint -> collect its files -> store them (an adapter's base first)
-    -> build the Bento (`bento.py`) -> link both to an MLflow run, when one is given
+    recognise the checkpoint -> collect its files -> check that they can be loaded -> store them (an
+    adapter's base first) -> build the Bento (`bento.py`) -> link both to an MLflow run, when one is
+    given
 
-Nothing is loaded: headers say all that is needed, and the store reads each byte once.
+No weights are loaded: headers say all that is needed, and the store reads each byte once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +26,7 @@ from mlops.checkpoints import (
     recognise,
 )
 from mlops.engine.request import BASE_NAME
+from mlops.engine.servable import check_loads
 from mlops.errors import BentoMLError, ConfigError, PackagingError
 from mlops.hardware.home import expand
 from mlops.registry import ModelStore, ResolvedModel, StoredModel, references, tags
@@ -230,8 +232,7 @@ class ModelPackager:
         resolved = self._resolve()
         self._check_framework(resolved.checkpoint)
         files = self.collect_model_files()
-        for source in self.config.adapters.values():
-            _resolve_adapter(source, resolved.tag or resolved.path)
+        self._resolved = resolved = self._check_loads(resolved)
         self._base = self._store_base(resolved, progress) if resolved.base else None
         for old, new in self.renamed.items():
             logger.warning("%r is no part of a tag; stored as %r", old, new)
@@ -245,7 +246,7 @@ class ModelPackager:
             labels={**self.config.labels, "project": self.config.project_name},
             metadata=self._metadata(resolved),
             progress=progress,
-            check=lambda folder: _check_copy(folder, resolved.checkpoint),
+            check=self._check_copy,
         )
         self._adapters = {
             name: self._store_adapter(name, source, self._model)
@@ -450,6 +451,33 @@ class ModelPackager:
                 {"path": str(language_model.path)},
             )
 
+    def _check_loads(self, resolved: ResolvedModel) -> ResolvedModel:
+        """Refuse what could not be served; what the user should know is with the checkpoint then."""
+        adapters = [
+            _resolve_adapter(source, resolved.tag or resolved.path).checkpoint
+            for source in self.config.adapters.values()
+        ]
+        checkpoint, model = resolved.checkpoint, resolved.checkpoint
+        if resolved.base is not None:
+            model, adapters = resolved.base.checkpoint, [checkpoint]
+        of_base = model.warnings if resolved.base else ()
+        warnings = [*checkpoint.warnings, *of_base, *check_loads(model, *adapters)]
+        return replace(resolved, checkpoint=replace(checkpoint, warnings=tuple(warnings)))
+
+    def _check_copy(self, folder: Path) -> None:
+        """Look at the stored files as at any checkpoint: patterns or another process changed them."""
+        original = self.validate_model_path()
+        copy = recognise(folder)
+        if (copy.kind, copy.has_tokenizer) != (original.kind, original.has_tokenizer):
+            raise PackagingError(
+                f"what would be stored of {original.path} is {copy.description}, and not "
+                f"{original.description}: change include_patterns or exclude_patterns",
+                "create_bento_model",
+                {"path": str(original.path)},
+            )
+        if self.config.include_patterns or self.config.exclude_patterns:
+            check_loads(copy)  # without what they left out
+
     def _metadata(self, resolved: ResolvedModel) -> dict[str, Any]:
         metadata = dict(self.config.metadata)
         if self.config.description:
@@ -516,18 +544,6 @@ def _is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _check_copy(folder: Path, original: Checkpoint) -> None:
-    """Look at the stored files as at any checkpoint: patterns or another process changed them."""
-    copy = recognise(folder)
-    if (copy.kind, copy.has_tokenizer) != (original.kind, original.has_tokenizer):
-        raise PackagingError(
-            f"what would be stored of {original.path} is {copy.description}, and not "
-            f"{original.description}: change include_patterns or exclude_patterns",
-            "create_bento_model",
-            {"path": str(original.path)},
-        )
 
 
 def _resolve_adapter(source: str | Path, base: str | Path) -> ResolvedModel:

@@ -1,0 +1,231 @@
+"""mlx-lm's model for a checkpoint, built lazily: names and shapes are compared, no weight is read.
+
+Loading goes on from here (`loading`), and packaging stops here (`servable`): what one refuses, the
+other refuses with the same sentence.
+
+    config.json -> mlx-lm's classes -> an empty model -> the tensors under the model's names
+    -> quantized layers where the tensors are -> every tensor has its place, and every place its
+    tensor
+
+Owner thread only.
+"""
+
+# mypy: disable-error-code="misc"
+# mlx-lm's classes have no types.
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlops.checkpoints import Checkpoint
+from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.tensors import MLX_BITS, MLX_GROUP_SIZES
+from mlops.errors import PackagingError, sentence_of
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from mlx import nn
+
+_LACKING = re.compile(r"__init__\(\) missing \d+ required positional arguments?: (.+)$")
+
+
+def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of a language model's checkpoint; its weights are read when computed with.
+
+    Returns:
+        mlx-lm's model, and `config.json` as mlx-lm reads it.
+
+    Raises:
+        PackagingError: its configuration or its tensors are not what mlx-lm's code for the
+            architecture needs.
+    """
+    from mlops.engine.mlx_lm import load_model
+
+    settings = dict(checkpoint.model_config)
+    if checkpoint.is_headless:
+        # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
+        settings["tie_word_embeddings"] = True
+    build = _Build(checkpoint)
+    try:
+        return load_model(
+            checkpoint.path,
+            lazy=True,
+            trust_remote_code=False,
+            model_config=settings,
+            get_model_classes=build.find_classes,
+        )
+    except PackagingError:
+        raise
+    except Exception as exc:
+        raise build.explain(exc) from exc
+
+
+class _Build:
+    """One build under way: how far it has come, for the sentence that says why it failed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config: Mapping[str, Any] = checkpoint.config
+        self.args_class: Any = None
+        self.has_model = self.has_names = False
+
+    def find_classes(self, config: dict[str, Any]) -> tuple[Any, Any]:
+        """mlx-lm's classes, which look at the tensors before they take them."""
+        from mlops.engine.mlx_lm import find_model_classes
+
+        build = self
+        model_class, args_class = find_model_classes(config)
+        self.config, self.args_class = config, args_class
+
+        class Model(model_class):
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                build.has_model = True
+                if build.checkpoint.is_headless:
+                    weights = {f"model.{name}": array for name, array in weights.items()}
+                inherited = getattr(super(), "sanitize", None)
+                weights = inherited(weights) if inherited else weights
+                build.has_names = True
+                build.check_packing(self, weights)
+                return weights
+
+            def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
+                build.check_tensors(self, dict(weights))
+                return super().load_weights(weights, strict)
+
+        Model.__module__ = model_class.__module__
+        return Model, args_class
+
+    def check_packing(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+        """Refuse scales that MLX would divide by zero for, which ends the process."""
+        modules = dict(model.named_modules())
+        for name, scales in weights.items():
+            module = modules.get(name.removesuffix(".scales"))
+            if not name.endswith(".scales") or not hasattr(module, "to_quantized"):
+                continue
+            columns = module.weight.shape[-1]
+            packed = weights.get(name.removesuffix("scales") + "weight")
+            num_groups = scales.shape[-1] if scales.ndim else 0
+            num_words = packed.shape[-1] if packed is not None and packed.ndim else 0
+            group_size = columns // max(1, num_groups)
+            bits = num_words * 32 // max(1, columns)
+            if group_size not in MLX_GROUP_SIZES or bits not in MLX_BITS:
+                raise self._refusal(
+                    f"the tensors of {name.removesuffix('.scales')} in {self.checkpoint.path} "
+                    f"would be {columns} numbers of {bits} bits in groups of {group_size}, which "
+                    "MLX does not have: is config.json the one that was saved with them?",
+                    tensor=name,
+                )
+
+    def check_tensors(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+        """Every tensor has a place in the model, of its shape, and every place has a tensor."""
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        missing = sorted(wanted.keys() - weights.keys())
+        unexpected = sorted(weights.keys() - wanted.keys())
+        if missing or unexpected:
+            problems = [f"{examples(missing)} missing"] if missing else []
+            if unexpected:
+                problems.append(f"no place for {examples(unexpected)}")
+            raise self._refusal(
+                f"the tensors in {self.checkpoint.path} are not those of mlx-lm's "
+                f"{self.checkpoint.architecture}: {'; '.join(problems)}; copy or download the "
+                "model again, with its own config.json",
+                missing=missing[:10],
+                unexpected=unexpected[:10],
+            )
+        for name, array in wanted.items():
+            found = weights[name]
+            if found.shape != array.shape:
+                raise self._refusal(
+                    f"{name} in {self.checkpoint.path} is {_shape(found)}, but by config.json "
+                    f"{_shape(array)}; use the config.json that was saved with the weights",
+                    tensor=name,
+                )
+            if mx.issubdtype(found.dtype, mx.floating) != mx.issubdtype(array.dtype, mx.floating):
+                raise self._refusal(
+                    f"{name} in {self.checkpoint.path} is stored as {_dtype(found)}, which mlx-lm's "
+                    f"{self.checkpoint.architecture} does not compute with: give the weights "
+                    "before they were quantized",
+                    tensor=name,
+                )
+
+    def explain(self, exc: Exception) -> PackagingError:
+        """What an error of mlx-lm's means, in the terms of who has the checkpoint."""
+        path, architecture = self.checkpoint.path, self.checkpoint.architecture
+        same = "use the config.json that was saved with the weights"
+        if lacking := _LACKING.search(str(exc)):
+            names = re.findall(r"'(\w+)'", lacking[1])
+            return self._refusal(
+                f"config.json in {path} lacks {', '.join(names)}, which mlx-lm needs for "
+                f"{architecture}; {same}",
+                missing=names,
+            )
+        if isinstance(exc, KeyError) and self.has_model:
+            return self._refusal(
+                f"the tensor {_line(exc.args[0])} is missing from {path}, or named otherwise than "
+                f"mlx-lm's {architecture} has it; copy or download the model again"
+            )
+        if isinstance(exc, KeyError):
+            return self._refusal(
+                f"config.json in {path} lacks {_line(exc.args[0])}, which mlx-lm needs for "
+                f"{architecture}; {same}"
+            )
+        if odd := list(self._odd_settings(exc)):
+            return self._refusal(
+                f"config.json in {path} has {', '.join(odd[:3])}, with which mlx-lm cannot build "
+                f"{architecture}; {same}"
+            )
+        what = "cannot read the tensors of" if self.has_names or self.has_model else "cannot build"
+        return self._refusal(
+            f"mlx-lm {what} the {architecture} model in {path} ({_line(sentence_of(exc))}); {same}"
+        )
+
+    def _odd_settings(self, exc: Exception) -> Iterator[str]:
+        """Settings that are of another type than mlx-lm's class says, or no size: `a ["x"]`."""
+        if not dataclasses.is_dataclass(self.args_class):
+            return
+        hints = typing.get_type_hints(self.args_class)
+        for item in dataclasses.fields(self.args_class):
+            if item.name in self.config:
+                value = self.config[item.name]
+                is_no_size = type(value) is int and value <= 0 and hints[item.name] is int
+                if not _is_of(value, hints[item.name]) or is_no_size:
+                    yield f"{item.name} {str(value)[:40]!r}"
+
+    def _refusal(self, message: str, **details: Any) -> PackagingError:
+        architecture = self.checkpoint.architecture
+        return refusal(
+            message, self.checkpoint.path, "build_model", architecture=architecture, **details
+        )
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type; True for every type that JSON does not have."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is float:
+        kind = int | float
+    if kind not in (int, int | float, bool, str, list, dict, types.NoneType):
+        return True
+    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+
+
+def _shape(array: mx.array) -> str:
+    return "x".join(map(str, array.shape)) or "a single number"
+
+
+def _dtype(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
+def _line(text: object, length: int = 200) -> str:
+    """A library's words on one line."""
+    return " ".join(str(text).split())[:length]

@@ -1,0 +1,120 @@
+"""Whether a checkpoint can be loaded and served, found out without the values of its weights.
+
+Packaging asks, so that what is packaged can be served: the model is built as loading builds it, its
+tokenizer is read, one forward pass is laid out, and adapters are held against the layers that they
+change. Nothing is computed; what only values show (`batching`'s trial, numbers that are not finite)
+is left to loading.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mlops.checkpoints import Checkpoint, CheckpointKind
+from mlops.checkpoints.refusal import examples, refusal
+from mlops.engine.building import build_model
+from mlops.engine.owner import run_in_owner
+from mlops.errors import PackagingError, ServiceError, sentence_of
+
+if TYPE_CHECKING:
+    from mlx import nn
+
+
+def check_loads(model: Checkpoint, *adapters: Checkpoint) -> list[str]:
+    """Refuse a model, or adapters of it, that loading would refuse.
+
+    Args:
+        model: anything but an adapter; only language models are looked at.
+
+    Returns:
+        What its user should know, a sentence each.
+
+    Raises:
+        PackagingError: it cannot be loaded, whatever its weights are.
+    """
+    if model.kind is not CheckpointKind.LANGUAGE_MODEL:
+        return []
+    lacking = [name for name in ("mlx", "mlx_lm") if importlib.util.find_spec(name) is None]
+    if lacking:
+        return [
+            f"{lacking[0]} is not installed here, so it was not checked that {model.path} can be "
+            "loaded: names and shapes of its tensors, its tokenizer"
+            + (" and its adapters" if adapters else "")
+        ]
+    return run_in_owner(_check_loads, model, adapters)
+
+
+def check_adapter_loads(base: Checkpoint, adapter: Checkpoint) -> None:
+    """Refuse an adapter that loading would refuse over this base; `check_loads` looks at more.
+
+    Raises:
+        PackagingError: one of the two cannot be loaded, whatever the weights are.
+    """
+    check_loads(base, adapter)
+
+
+def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[str]:
+    from mlops.hardware import ensure_blas
+
+    ensure_blas()  # before MLX is imported: whoever packages may serve afterwards
+    built, config = build_model(model)
+    warnings = _check_tokenizer(model, config) if model.has_tokenizer else []
+    _check_forward_pass(model, built)
+    if adapters:
+        from mlops.engine.banks import AdapterBanks
+
+        banks = AdapterBanks(built, model, "cpu")
+        for adapter in adapters:
+            banks.check(adapter)
+    return warnings
+
+
+def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """Read the tokenizer; its tokens are rows of the embedding."""
+    from mlops.engine.loading import find_size, read_tokenizer
+
+    try:
+        tokenizer = read_tokenizer(model, config)
+    except ServiceError as exc:
+        raise PackagingError(exc.message, "check_loads", exc.details) from exc
+    num_rows = find_size(config, "vocab_size")
+    if num_rows is None:
+        return []
+    added = set(tokenizer.get_added_vocab())
+    beyond = {name: token for name, token in tokenizer.get_vocab().items() if token >= num_rows}
+    if ordinary := sorted(beyond.keys() - added):
+        raise refusal(
+            f"the tokenizer of {model.path} has tokens that the model does not know, for its "
+            f"embedding has {num_rows} rows: {examples(ordinary)}; use the tokenizer that was "
+            "saved with the weights",
+            model.path,
+            "check_loads",
+            tokens=ordinary[:10],
+        )
+    if not beyond:
+        return []
+    return [
+        f"tokens were added to the tokenizer and not to the model ({examples(sorted(beyond))}): "
+        "texts that contain them are refused"
+    ]
+
+
+def _check_forward_pass(model: Checkpoint, built: nn.Module) -> None:
+    """Lay out a forward pass, so that every layer sees the shapes of the one before it."""
+    if hasattr(sys.modules.get(type(built).__module__), "np"):
+        return  # it goes by values that it computes on the way (`dbrx`): that reads its weights
+    from mlops.engine.witness import lay_out_forward_pass
+
+    try:
+        lay_out_forward_pass(built)
+    except Exception as exc:
+        reason = " ".join(sentence_of(exc).split())[:200]
+        raise refusal(
+            f"mlx-lm's {model.architecture} cannot compute with the settings that config.json in "
+            f"{model.path} has ({reason}); use the config.json that was saved with the weights",
+            model.path,
+            "check_loads",
+            architecture=model.architecture,
+        ) from exc
