@@ -204,22 +204,32 @@ def read_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
             "load_model",
             details,
         )
-    try:
-        return load_tokenizer(
-            checkpoint.path,
-            # False, not left out: transformers would ask on the terminal.
-            {"trust_remote_code": False, "local_files_only": True},
-            eos_token_ids=config.get("eos_token_id"),
-        )
-    except Exception as exc:
-        raise ServiceError(
-            f"the tokenizer of {checkpoint.path} cannot be loaded: {_reason(checkpoint, exc)}",
-            "load_model",
-            details,
-        ) from exc
+    # False, not left out: transformers would ask on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    for further in _ways_to_read(checkpoint):
+        try:
+            return load_tokenizer(
+                checkpoint.path, options | further, eos_token_ids=config.get("eos_token_id")
+            )
+        except Exception as exc:
+            failure = exc
+            if "trust_remote_code" not in str(exc):
+                break
+    raise ServiceError(
+        f"the tokenizer of {checkpoint.path} cannot be loaded: {_reason(failure)}",
+        "load_model",
+        details,
+    ) from failure
 
 
-def _reason(checkpoint: Checkpoint, exc: Exception) -> str:
+def _ways_to_read(checkpoint: Checkpoint) -> list[dict[str, str]]:
+    """Options for transformers: where it wants a tokenizer's own code, what tokenizer.json says."""
+    if not (checkpoint.path / "tokenizer.json").exists():
+        return [{}]
+    return [{}, {"tokenizer_type": "granite"}]  # one that is read from tokenizer.json, and no more
+
+
+def _reason(exc: Exception) -> str:
     """What keeps a tokenizer from being read, on one line."""
     if "trust_remote_code" in str(exc):
         return (
