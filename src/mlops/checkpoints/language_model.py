@@ -70,7 +70,9 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         kind=CheckpointKind.LANGUAGE_MODEL,
         format="mlx" if is_mlx else "transformers",
         framework="mlx" if is_mlx else "transformers",
-        description=_describe(config, quantization.summary, num_parameters, weight_files, has_tokenizer),
+        description=_describe(
+            config, quantization.summary, num_parameters, weight_files, has_tokenizer
+        ),
         weight_files=tuple(file.relative_path for file in weight_files),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         architecture=config["model_type"],

@@ -9,9 +9,8 @@ served, so every method is either known here to be right or refused by name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -223,47 +222,34 @@ def _problem(
     tensors: Mapping[str, TensorInfo],
 ) -> str | None:
     """Why mlx-lm cannot compute with weights of this method; None when it can."""
-    architecture = config["model_type"]
     if method == "awq":
         return _awq_problem(settings, tensors)
-    if method == "gptq":
-        return "mlx-lm reads such weights in AWQ's order, which is not GPTQ's"
-    if method == "fp8":
-        return _fp8_problem(settings, config)
-    if method == "compressed-tensors":
-        return _compressed_tensors_problem(settings, config)
-    if method == "modelopt":
-        inner = settings.get("quantization")
-        algorithm = (inner if isinstance(inner, dict) else settings).get("quant_algo")
-        if algorithm != "NVFP4":
-            return f"mlx-lm knows NVFP4 of it, not {str(algorithm)[:80]}"
-        if settings.get("quant_method") is None:
-            return f"mlx-lm does not read {HF_QUANT_CONFIG} without quant_method"
-        if not architectures.source_mentions(config, "weight_scale_2"):
-            return f"mlx-lm does not read NVFP4 weights for {architecture}"
-        return None
-    if method in ("mxfp4", "mxfp8", "bitnet"):
-        return None  # names and shapes are compared when the model is built
+    if method in _PROBLEMS:
+        return _PROBLEMS[method](settings, config)
     return "mlx-lm cannot compute with it"
 
 
 def _awq_problem(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
-    if settings.get("bits", 4) != 4:
-        return f"mlx-lm reads 4 bits of it, not {str(settings.get('bits'))[:80]}"
-    group_size = settings.get("group_size", 128)
-    if isinstance(group_size, bool) or group_size not in MLX_GROUP_SIZES[1:]:
-        return f"MLX has groups of 32, 64 or 128 weights, not {str(group_size)[:80]}"
     version = str(settings.get("version") or "gemm").lower()
     backend = str(settings.get("backend") or "autoawq").lower()
+    group_size = settings.get("group_size", 128)
+    if settings.get("bits", 4) != 4:
+        return f"mlx-lm reads 4 bits of it, not {str(settings.get('bits'))[:80]}"
+    if isinstance(group_size, bool) or group_size not in MLX_GROUP_SIZES[1:]:
+        return f"MLX has groups of 32, 64 or 128 weights, not {str(group_size)[:80]}"
     if version != "gemm" or backend != "autoawq":
         return f"mlx-lm reads AutoAWQ's gemm layout, not {backend} {version}"[:200]
-    if any(name.endswith(".g_idx") for name in tensors):
-        return "mlx-lm does not read groups in another order (g_idx)"
     for name in tensors:
+        if name.endswith(".g_idx"):
+            return "mlx-lm does not read groups in another order (g_idx)"
         module = name.removesuffix(".scales")
         if module != name and f"{module}.qweight" not in tensors:
             return f"mlx-lm would leave out {name[:200]}, which scales activations"
     return None
+
+
+def _gptq_problem(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    return "mlx-lm reads such weights in AWQ's order, which is not GPTQ's"
 
 
 def _fp8_problem(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
@@ -286,7 +272,11 @@ def _compressed_tensors_problem(
         return f"mlx-lm knows {', '.join(known)} of it, not {str(kind)[:80]}"
     if not architectures.source_mentions(config, "weight_packed"):
         return f"mlx-lm does not read {kind} weights for {config['model_type']}"
-    for weights in _compressed_weights(settings) if kind == "pack-quantized" else ():
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict) or kind != "pack-quantized":
+            continue
         # mlx-lm takes 8 for the zero point of every weight.
         if weights.get("num_bits") != 4 or weights.get("symmetric") is False:
             return "mlx-lm reads symmetric 4-bit weights of it alone"
@@ -295,11 +285,32 @@ def _compressed_tensors_problem(
     return None
 
 
-def _compressed_weights(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    groups = settings.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        yield weights if isinstance(weights, dict) else {}
+def _modelopt_problem(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    inner = settings.get("quantization")
+    algorithm = (inner if isinstance(inner, dict) else settings).get("quant_algo")
+    if algorithm != "NVFP4":
+        return f"mlx-lm knows NVFP4 of it, not {str(algorithm)[:80]}"
+    if settings.get("quant_method") is None:
+        return f"mlx-lm does not read {HF_QUANT_CONFIG} without quant_method"
+    if not architectures.source_mentions(config, "weight_scale_2"):
+        return f"mlx-lm does not read NVFP4 weights for {config['model_type']}"
+    return None
+
+
+def _left_to_building(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """Names and shapes tell, when the model is built."""
+    return None
+
+
+_PROBLEMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]] = {
+    "gptq": _gptq_problem,
+    "fp8": _fp8_problem,
+    "compressed-tensors": _compressed_tensors_problem,
+    "modelopt": _modelopt_problem,
+    "mxfp4": _left_to_building,
+    "mxfp8": _left_to_building,
+    "bitnet": _left_to_building,
+}
 
 
 def _mode(method: str, settings: Mapping[str, Any]) -> str:

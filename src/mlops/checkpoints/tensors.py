@@ -19,6 +19,9 @@ _QUANTIZATION_PARTS = (
     "_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "input_global_scale",
     "weight_zero_point", "weight_shape", "input_scale", "activation_scale",
 )  # fmt: skip
+_READ_HIDDEN = ("embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "lm_head")
+"""Modules that are as wide as the model, where they have these names."""
+
 _BITS_BY_DTYPE = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 
 
@@ -67,8 +70,21 @@ class WeightShapes:
             (value for value in settings if isinstance(value, dict)), {}
         )
         text_config = config.get("text_config")
-        nested = text_config.values() if isinstance(text_config, dict) else ()
-        self._widths = {value for value in (*config.values(), *nested) if type(value) is int}
+        fields = {**config, **(text_config if isinstance(text_config, dict) else {})}
+        self._widths = {value for value in fields.values() if type(value) is int}
+        self._default = self._find_default(fields.get("hidden_size"))
+
+    def _find_default(self, hidden: Any) -> list[Any]:
+        """Bits and group size of modules that are not named: what the first tensors of a known
+        width say, otherwise what the configuration claims."""
+        claimed = [self.quantization.get(name) for name in ("bits", "group_size")]
+        for name in self.tensors:
+            module, _, leaf = name.rpartition(".")
+            is_known = module.endswith(_READ_HIDDEN) and module not in self.quantization
+            if is_known and leaf == "scales" and self.is_packed(module):
+                found = (pair for pair, columns in self._fitting(module) if columns == hidden)
+                return next(found, claimed)
+        return claimed
 
     def is_packed(self, module: str) -> bool:
         """True when the module's weight is quantized as MLX does it."""
@@ -95,21 +111,29 @@ class WeightShapes:
         if not self.is_packed(module):
             is_opaque = weight.dtype.startswith(("U", "I", "F4", "F6"))
             return [] if is_opaque else [weight.shape[-1]]
-        words, groups = weight.shape[-1], self.tensors[f"{module}.scales"].shape[-1]
         own = self.quantization.get(module)
-        settings = own if isinstance(own, dict) else self.quantization
-        declared = [settings.get("bits"), settings.get("group_size")]
-        fitting = [
-            ([bits, size], groups * size)
-            for bits in MLX_BITS
-            for size in MLX_GROUP_SIZES
-            if groups * size * bits == words * 32
-        ]
-        as_declared = [columns for pair, columns in fitting if pair == declared]
+        default = self._default
+        if isinstance(own, dict):
+            default = [own.get("bits"), own.get("group_size")]
+        fitting = self._fitting(module)
+        as_declared = [columns for pair, columns in fitting if pair == default]
         if as_declared and isinstance(own, dict):
             return as_declared
         found = as_declared + [columns for _, columns in fitting]
         return sorted(found, key=lambda columns: columns not in self._widths)
+
+    def _fitting(self, module: str) -> list[tuple[list[int], int]]:
+        """Bits and group sizes with which a packed weight has these shapes, and its columns."""
+        words = self.tensors[f"{module}.weight"].shape[-1]
+        scales = self.tensors[f"{module}.scales"]
+        return [
+            ([bits, size], scales.shape[-1] * size)
+            for bits in MLX_BITS
+            for size in MLX_GROUP_SIZES
+            if scales.shape[-1] * size * bits == words * 32
+            # mxfp4, mxfp8 and nvfp4 have scales of a byte, and one group size each.
+            and (scales.dtype != "U8" or (bits, size) in ((4, 16), (4, 32), (8, 32)))
+        ]
 
     def packing(self, module: str) -> tuple[int, int | None]:
         """Bits and group size of the module's weight; no group size when MLX did not quantize it.

@@ -10,16 +10,16 @@ other refuses with the same sentence.
 Owner thread only.
 """
 
-# mypy: disable-error-code="misc"
+# mypy: disable-error-code="misc, no-any-return, valid-type"
 # mlx-lm's classes have no types.
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint
@@ -30,6 +30,8 @@ from mlops.errors import PackagingError, sentence_of
 if TYPE_CHECKING:
     import mlx.core as mx
     from mlx import nn
+
+logger = logging.getLogger(__name__)
 
 _LACKING = re.compile(r"__init__\(\) missing \d+ required positional arguments?: (.+)$")
 
@@ -71,7 +73,6 @@ class _Build:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config: Mapping[str, Any] = checkpoint.config
-        self.args_class: Any = None
         self.has_model = self.has_names = False
 
     def find_classes(self, config: dict[str, Any]) -> tuple[Any, Any]:
@@ -80,7 +81,7 @@ class _Build:
 
         build = self
         model_class, args_class = find_model_classes(config)
-        self.config, self.args_class = config, args_class
+        self.config = config
 
         class Model(model_class):
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -104,20 +105,21 @@ class _Build:
         """Refuse scales that MLX would divide by zero for, which ends the process."""
         modules = dict(model.named_modules())
         for name, scales in weights.items():
-            module = modules.get(name.removesuffix(".scales"))
-            if not name.endswith(".scales") or not hasattr(module, "to_quantized"):
+            path, _, leaf = name.rpartition(".")
+            module = modules.get(path)
+            if leaf != "scales" or module is None or not hasattr(module, "to_quantized"):
                 continue
-            columns = module.weight.shape[-1]
-            packed = weights.get(name.removesuffix("scales") + "weight")
-            num_groups = scales.shape[-1] if scales.ndim else 0
-            num_words = packed.shape[-1] if packed is not None and packed.ndim else 0
+            columns, bits = module.weight.shape[-1], 4
+            num_groups = scales.shape[0 if f"{path}.qweight" in weights else -1]
+            if f"{path}.qweight" not in weights:
+                bits = weights[f"{path}.weight"].shape[-1] * 32 // max(1, columns)
             group_size = columns // max(1, num_groups)
-            bits = num_words * 32 // max(1, columns)
             if group_size not in MLX_GROUP_SIZES or bits not in MLX_BITS:
                 raise self._refusal(
-                    f"the tensors of {name.removesuffix('.scales')} in {self.checkpoint.path} "
-                    f"would be {columns} numbers of {bits} bits in groups of {group_size}, which "
-                    "MLX does not have: is config.json the one that was saved with them?",
+                    f"by config.json the weight of {path} in {self.checkpoint.path} has {columns} "
+                    f"columns, so its tensors would be numbers of {bits} bits in groups of "
+                    f"{group_size}, which MLX does not have; use the config.json that was saved "
+                    "with the weights",
                     tensor=name,
                 )
 
@@ -150,9 +152,9 @@ class _Build:
                 )
             if mx.issubdtype(found.dtype, mx.floating) != mx.issubdtype(array.dtype, mx.floating):
                 raise self._refusal(
-                    f"{name} in {self.checkpoint.path} is stored as {_dtype(found)}, which mlx-lm's "
-                    f"{self.checkpoint.architecture} does not compute with: give the weights "
-                    "before they were quantized",
+                    f"{name} in {self.checkpoint.path} is stored as {_dtype(found)}, which "
+                    f"mlx-lm's {self.checkpoint.architecture} does not compute with: give "
+                    "the weights before they were quantized",
                     tensor=name,
                 )
 
@@ -177,9 +179,9 @@ class _Build:
                 f"config.json in {path} lacks {_line(exc.args[0])}, which mlx-lm needs for "
                 f"{architecture}; {same}"
             )
-        if odd := list(self._odd_settings(exc)):
+        if odd := odd_settings(self.config):
             return self._refusal(
-                f"config.json in {path} has {', '.join(odd[:3])}, with which mlx-lm cannot build "
+                f"config.json in {path} has {', '.join(odd)}, with which mlx-lm cannot build "
                 f"{architecture}; {same}"
             )
         what = "cannot read the tensors of" if self.has_names or self.has_model else "cannot build"
@@ -187,23 +189,29 @@ class _Build:
             f"mlx-lm {what} the {architecture} model in {path} ({_line(sentence_of(exc))}); {same}"
         )
 
-    def _odd_settings(self, exc: Exception) -> Iterator[str]:
-        """Settings that are of another type than mlx-lm's class says, or no size: `a ["x"]`."""
-        if not dataclasses.is_dataclass(self.args_class):
-            return
-        hints = typing.get_type_hints(self.args_class)
-        for item in dataclasses.fields(self.args_class):
-            if item.name in self.config:
-                value = self.config[item.name]
-                is_no_size = type(value) is int and value <= 0 and hints[item.name] is int
-                if not _is_of(value, hints[item.name]) or is_no_size:
-                    yield f"{item.name} {str(value)[:40]!r}"
-
     def _refusal(self, message: str, **details: Any) -> PackagingError:
         architecture = self.checkpoint.architecture
         return refusal(
             message, self.checkpoint.path, "build_model", architecture=architecture, **details
         )
+
+
+def odd_settings(config: Mapping[str, Any]) -> list[str]:
+    """Settings that are not what mlx-lm's class for the architecture says, or no size, with their
+    values; at most three."""
+    from mlops.engine.mlx_lm import find_model_classes
+
+    hints: dict[str, Any] = {"architectures": list[str] | str, "text_config": dict}
+    try:
+        hints |= typing.get_type_hints(find_model_classes(dict(config))[1])
+    except Exception as exc:  # whoever asks has another error at hand, which is told
+        logger.debug("no types of the settings: %s", exc)
+    return [
+        f"{name} {str(config[name])[:40]!r}"
+        for name, hint in hints.items()
+        if name in config
+        and not (_is_of(config[name], hint) and (hint is not int or config[name] > 0))
+    ][:3]
 
 
 def _is_of(value: Any, hint: Any) -> bool:

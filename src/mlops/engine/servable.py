@@ -8,13 +8,13 @@ is left to loading.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind
 from mlops.checkpoints.refusal import examples, refusal
-from mlops.engine.building import build_model
+from mlops.engine.building import build_model, odd_settings
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError, ServiceError, sentence_of
 
@@ -36,13 +36,6 @@ def check_loads(model: Checkpoint, *adapters: Checkpoint) -> list[str]:
     """
     if model.kind is not CheckpointKind.LANGUAGE_MODEL:
         return []
-    lacking = [name for name in ("mlx", "mlx_lm") if importlib.util.find_spec(name) is None]
-    if lacking:
-        return [
-            f"{lacking[0]} is not installed here, so it was not checked that {model.path} can be "
-            "loaded: names and shapes of its tensors, its tokenizer"
-            + (" and its adapters" if adapters else "")
-        ]
     return run_in_owner(_check_loads, model, adapters)
 
 
@@ -59,9 +52,17 @@ def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[st
     from mlops.hardware import ensure_blas
 
     ensure_blas()  # before MLX is imported: whoever packages may serve afterwards
+    try:
+        importlib.import_module("mlops.engine.mlx_lm")
+    except ImportError as exc:
+        return [
+            f"MLX cannot be imported here ({sentence_of(exc)}), so it was not checked that "
+            f"{model.path} can be loaded: neither names and shapes of its tensors, nor its "
+            f"tokenizer{', nor its adapters' if adapters else ''}"
+        ]
     built, config = build_model(model)
     warnings = _check_tokenizer(model, config) if model.has_tokenizer else []
-    _check_forward_pass(model, built)
+    _check_forward_pass(model, built, config)
     if adapters:
         from mlops.engine.banks import AdapterBanks
 
@@ -101,7 +102,7 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_forward_pass(model: Checkpoint, built: nn.Module) -> None:
+def _check_forward_pass(model: Checkpoint, built: nn.Module, config: dict[str, Any]) -> None:
     """Lay out a forward pass, so that every layer sees the shapes of the one before it."""
     if hasattr(sys.modules.get(type(built).__module__), "np"):
         return  # it goes by values that it computes on the way (`dbrx`): that reads its weights
@@ -110,7 +111,8 @@ def _check_forward_pass(model: Checkpoint, built: nn.Module) -> None:
     try:
         lay_out_forward_pass(built)
     except Exception as exc:
-        reason = " ".join(sentence_of(exc).split())[:200]
+        odd = ", ".join(odd_settings(config))
+        reason = odd or " ".join(sentence_of(exc).split())[:200]
         raise refusal(
             f"mlx-lm's {model.architecture} cannot compute with the settings that config.json in "
             f"{model.path} has ({reason}); use the config.json that was saved with the weights",

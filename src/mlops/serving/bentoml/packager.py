@@ -452,7 +452,7 @@ class ModelPackager:
             )
 
     def _check_loads(self, resolved: ResolvedModel) -> ResolvedModel:
-        """Refuse what could not be served; what the user should know is with the checkpoint then."""
+        """Refuse what could not be served; what there is to know is added to its warnings."""
         adapters = [
             _resolve_adapter(source, resolved.tag or resolved.path).checkpoint
             for source in self.config.adapters.values()
@@ -465,7 +465,7 @@ class ModelPackager:
         return replace(resolved, checkpoint=replace(checkpoint, warnings=tuple(warnings)))
 
     def _check_copy(self, folder: Path) -> None:
-        """Look at the stored files as at any checkpoint: patterns or another process changed them."""
+        """Look at the stored files as at any checkpoint: patterns or others changed them."""
         original = self.validate_model_path()
         copy = recognise(folder)
         if (copy.kind, copy.has_tokenizer) != (original.kind, original.has_tokenizer):
