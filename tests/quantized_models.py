@@ -27,7 +27,7 @@ DTYPES = {
     np.dtype(np.uint32): "U32",
     np.dtype(np.int32): "I32",
     np.dtype(np.uint8): "U8",
-    np.dtype(np.int8): "I8",
+    np.dtype(np.int64): "I64",
 }
 
 

@@ -113,7 +113,7 @@ class _Build:
             num_groups = scales.shape[0 if f"{path}.qweight" in weights else -1]
             if f"{path}.qweight" not in weights:
                 bits = weights[f"{path}.weight"].shape[-1] * 32 // max(1, columns)
-            group_size = columns // max(1, num_groups)
+            group_size = columns // num_groups if num_groups else 0
             if group_size not in MLX_GROUP_SIZES or bits not in MLX_BITS:
                 raise self._refusal(
                     f"by config.json the weight of {path} in {self.checkpoint.path} has {columns} "

@@ -195,6 +195,12 @@ def test_patterns_choose_files(bentoml_home: Path, base: Path, tmp_path: Path) -
         package_model(copy, include_patterns=["*.json"], build_bento=False)
 
 
+def test_patterns_that_leave_out_what_loading_needs(bentoml_home: Path, base: Path) -> None:
+    with pytest.raises(PackagingError, match=r"tokenizer_config|tokenizer of|no tokenizer"):
+        package_model(base, exclude_patterns=["tokenizer.json"], build_bento=False)
+    assert bentoml.models.list() == []
+
+
 def make_missing(folder: Path, base: Path) -> None:
     folder.rmdir()
 
@@ -274,6 +280,24 @@ def make_adapter_without_base(folder: Path, base: Path) -> None:
     write_lora_adapter(folder, base, base_reference=str(folder / "nowhere"))
 
 
+def make_without_a_setting(folder: Path, base: Path) -> None:
+    write_language_model(folder, architecture="qwen3_moe")
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_experts"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def make_with_broken_tokenizer(folder: Path, base: Path) -> None:
+    make_copy(folder, base)
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def make_adapter_without_a_place(folder: Path, base: Path) -> None:
+    other = folder.parent / "tied"
+    write_language_model(other, architecture="seed_oss", tie_word_embeddings=True)
+    write_lora_adapter(folder, other, keys=["model.embed_tokens"])
+
+
 def make_copy(folder: Path, base: Path) -> None:
     for path in base.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -296,6 +320,9 @@ def make_copy(folder: Path, base: Path) -> None:
         make_untrained_adapter,
         make_adapter_that_matches_nothing,
         make_adapter_without_base,
+        make_without_a_setting,
+        make_with_broken_tokenizer,
+        make_adapter_without_a_place,
     ],
 )
 def test_bad_checkpoints_leave_nothing_behind(  # type: ignore[no-untyped-def]
