@@ -120,7 +120,10 @@ class Checkpoint:
         format: `mlx`, `transformers`, `mlx-lm adapter`, `peft adapter`, `pt2`, `onnx`,
             `mlpackage`, `mlmodel` or `mlxfn`.
         architecture: `model_type` of the configuration, or None.
-        quantization: `bits`, `group_size` and `mode` (None where unknown), or None.
+        quantization: None for plain weights, else as the tensors are: `bits` and `group_size` of
+            most weights, `mode` (`affine`, `mxfp4`, `awq`, …), `bits_per_weight` of all, scales
+            counted, and `mixed_bits` where several widths are used; `describe_quantization` says
+            it in words.
         num_parameters: as the model counts them, so unpacked; None when no header tells.
         weight_bytes: bytes of all tensors, or of the weight files without a header to read.
         dtypes: of the stored tensors, sorted.

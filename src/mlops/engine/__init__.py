@@ -12,8 +12,10 @@
     guidance           answers of a given form (response_format): what may be drawn next
     tools              calls of functions in a text; tool_grammar: made certain
     statistics         what it has done
-    loading            checkpoint -> model in memory (layout, cpu: as the device likes it;
-                       batching: whether requests can share a forward pass)
+    loading            checkpoint -> model in memory (building: mlx-lm's model for its tensors;
+                       layout, cpu: as the device likes it; batching: whether requests can share
+                       a forward pass)
+    servable           what loading would refuse, found without the weights: packaging asks
     owner              the one thread that touches MLX
 
 It knows no web framework, store or tracker.

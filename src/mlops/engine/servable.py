@@ -62,7 +62,7 @@ def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[st
         ]
     built, config = build_model(model)
     warnings = _check_tokenizer(model, config) if model.has_tokenizer else []
-    _check_forward_pass(model, built, config)
+    warnings += _check_forward_pass(model, built, config)
     if adapters:
         from mlops.engine.banks import AdapterBanks
 
@@ -102,15 +102,20 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_forward_pass(model: Checkpoint, built: nn.Module, config: dict[str, Any]) -> None:
+def _check_forward_pass(model: Checkpoint, built: nn.Module, config: dict[str, Any]) -> list[str]:
     """Lay out a forward pass, so that every layer sees the shapes of the one before it."""
     if hasattr(sys.modules.get(type(built).__module__), "np"):
-        return  # it goes by values that it computes on the way (`dbrx`): that reads its weights
+        return []  # it goes by values that it computes on the way (`dbrx`): that reads its weights
     from mlops.engine.witness import lay_out_forward_pass
 
     try:
         lay_out_forward_pass(built)
     except Exception as exc:
+        if "No Metal back-end" in str(exc):
+            return [
+                f"mlx-lm computes with weights like those of {model.path} on Apple's GPU alone: "
+                "they cannot be served on this machine"
+            ]
         odd = ", ".join(odd_settings(config))
         reason = odd or " ".join(sentence_of(exc).split())[:200]
         raise refusal(
@@ -120,3 +125,4 @@ def _check_forward_pass(model: Checkpoint, built: nn.Module, config: dict[str, A
             "check_loads",
             architecture=model.architecture,
         ) from exc
+    return []

@@ -259,6 +259,24 @@ def test_an_adapter_that_the_models_code_has_no_place_for(tmp_path: Path) -> Non
     check_adapter_loads(base, recognise(fitting))
 
 
+def test_weights_that_are_computed_with_by_metal_alone(phi3: Path) -> None:
+    """Packaged all the same: the machine that packages need not be the one that serves."""
+    import mlx.core as mx
+
+    tensors = read_tensors(phi3)
+    for name, tensor in list(tensors.items()):
+        if tensor.ndim == 2 and "embed_tokens" not in name:
+            tensors[name] = np.zeros((-(-tensor.shape[0] // 4), tensor.shape[1]), np.uint8)
+            tensors[f"{name}_scale"] = np.ones(1, np.float32)
+    write_tensors(phi3, tensors)
+    write_config(phi3, quantization_config={"quant_method": "bitnet"})
+    warnings = check_loads(recognise(phi3))
+    if mx.metal.is_available():
+        assert warnings == []
+    else:
+        assert "on Apple's GPU alone" in warnings[0]
+
+
 def test_where_mlx_cannot_be_imported_it_says_what_was_not_checked(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
