@@ -13,6 +13,7 @@
     tools              calls of functions in a text; tool_grammar: made certain
     statistics         what it has done
     loading            checkpoint -> model in memory (building: mlx-lm's model for its tensors;
+                       tokenizer_code: its tokenizer, without code of the checkpoint's own;
                        layout, cpu: as the device likes it; batching: whether requests can share
                        a forward pass)
     servable           what loading would refuse, found without the weights: packaging asks

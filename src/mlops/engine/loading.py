@@ -20,7 +20,7 @@ from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.engine.token_bound import TokenBound
-from mlops.errors import PackagingError, ServiceError, sentence_of
+from mlops.errors import PackagingError, ServiceError
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -194,7 +194,7 @@ def read_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     Raises:
         ServiceError: there is none, or it cannot be read.
     """
-    from mlops.engine.mlx_lm import load_tokenizer
+    from mlops.engine.tokenizer_code import load_without_code, tokenizer_problem
 
     details = {"path": str(checkpoint.path)}
     if not checkpoint.has_tokenizer:
@@ -204,40 +204,16 @@ def read_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
             "load_model",
             details,
         )
-    # False, not left out: transformers would ask on the terminal.
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    for further in _ways_to_read(checkpoint):
-        try:
-            return load_tokenizer(
-                checkpoint.path, options | further, eos_token_ids=config.get("eos_token_id")
-            )
-        except Exception as exc:
-            failure = exc
-            if "trust_remote_code" not in str(exc):
-                break
-    raise ServiceError(
-        f"the tokenizer of {checkpoint.path} cannot be loaded: {_reason(failure)}",
-        "load_model",
-        details,
-    ) from failure
-
-
-def _ways_to_read(checkpoint: Checkpoint) -> list[dict[str, str]]:
-    """Options for transformers: where it wants a tokenizer's own code, what tokenizer.json says."""
-    if not (checkpoint.path / "tokenizer.json").exists():
-        return [{}]
-    return [{}, {"tokenizer_type": "granite"}]  # one that is read from tokenizer.json, and no more
-
-
-def _reason(exc: Exception) -> str:
-    """What keeps a tokenizer from being read, on one line."""
-    if "trust_remote_code" in str(exc):
-        return (
-            "it needs Python code of the checkpoint's own (auto_map in tokenizer_config.json), "
-            "which is never run; put the tokenizer.json of the model beside it"
-        )
-    said = " ".join(sentence_of(exc).split())[:200]
-    return f"{said}; copy its files again from where the model comes from"
+    try:
+        return load_without_code(checkpoint.path, eos_token_ids=config.get("eos_token_id"))
+    except BaseException as exc:  # tokenizers panics with what is no Exception
+        if isinstance(exc, KeyboardInterrupt | SystemExit):
+            raise
+        raise ServiceError(
+            f"the tokenizer of {checkpoint.path} cannot be loaded: {tokenizer_problem(exc)}",
+            "load_model",
+            details,
+        ) from exc
 
 
 def _try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | None, str]:

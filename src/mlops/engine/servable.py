@@ -97,8 +97,8 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
     if not beyond:
         return []
     return [
-        f"tokens were added to the tokenizer and not to the model ({examples(sorted(beyond))}): "
-        "texts that contain them are refused"
+        f"tokens were added to the tokenizer of {model.path} and not to the model "
+        f"({examples(sorted(beyond))}): texts that contain them are refused"
     ]
 
 

@@ -182,7 +182,7 @@ def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
 def test_tokens_that_were_added_to_the_tokenizer_alone(tmp_path: Path) -> None:
     folder = tiny_models.write_language_model(tmp_path, vocab=258)
     (warning,) = check_loads(recognise(folder))
-    assert "added to the tokenizer and not to the model (<|end|>)" in warning
+    assert f"added to the tokenizer of {folder} and not to the model (<|end|>)" in warning
 
 
 OWN_TOKENIZER = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "tokenizer_class": "X"}

@@ -460,8 +460,7 @@ class ModelPackager:
         checkpoint, model = resolved.checkpoint, resolved.checkpoint
         if resolved.base is not None:
             model, adapters = resolved.base.checkpoint, [checkpoint]
-        of_base = model.warnings if resolved.base else ()
-        warnings = [*checkpoint.warnings, *of_base, *check_loads(model, *adapters)]
+        warnings = [*checkpoint.warnings, *check_loads(model, *adapters)]
         return replace(resolved, checkpoint=replace(checkpoint, warnings=tuple(warnings)))
 
     def _check_copy(self, folder: Path) -> None:
