@@ -69,6 +69,19 @@ def _awq_words(codes: Matrix) -> Matrix:
     return (columns << (4 * np.arange(8))).sum(-1).astype(np.uint32).view(np.int32)
 
 
+def compressed_int4(matrix: Matrix, group_size: int = 32) -> Packed:
+    """compressed-tensors' pack-quantized, symmetric: numbers from -8 to 7, stored with 8 more."""
+    groups = matrix.reshape(matrix.shape[0], -1, group_size)
+    scales = (np.abs(groups).max(-1) / 7.5).astype(np.float32)
+    codes = np.clip(np.rint(groups / scales[..., None]), -8, 7).astype(np.int64)
+    tensors = {
+        "weight_packed": pack_bits(codes.reshape(matrix.shape) + 8, 4).view(np.int32),
+        "weight_scale": scales,
+        "weight_shape": np.array(matrix.shape, np.int64),
+    }
+    return tensors, (codes * scales[..., None]).reshape(matrix.shape).astype(np.float32)
+
+
 def fp4_codes(matrix: Matrix, group_size: int) -> tuple[Matrix, Matrix, Matrix]:
     """Codes, and for each group the exponent of its scale (2 to the power of e - 127)."""
     groups = matrix.reshape(*matrix.shape[:-1], -1, group_size)

@@ -160,7 +160,7 @@ def _method(settings: Mapping[str, Any]) -> str:
         return "bitsandbytes"
     if isinstance(settings.get("quantization"), dict) or "quant_algo" in settings:
         return "modelopt"
-    return "no quant_method"
+    return "an unnamed method"
 
 
 def _is_quantized(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -314,7 +314,7 @@ _PROBLEMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str | None
 
 
 def _mode(method: str, settings: Mapping[str, Any]) -> str:
-    if method == "compressed-tensors":
+    if method == "compressed-tensors" and settings.get("format") != "pack-quantized":
         return str(settings.get("format")).removesuffix("-pack-quantized")
     return "nvfp4" if method == "modelopt" else method
 

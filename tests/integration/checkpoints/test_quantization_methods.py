@@ -94,7 +94,7 @@ DEEPSEEK = {"model_type": "deepseek_v3"}
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, {}, "knows NVFP4 of it, not FP8"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}, "NVFP4 weights for phi3"),
         ({"load_in_4bit": True}, {}, "quantized with bitsandbytes"),
-        ({"quant_method": ["awq"]}, {}, "quantized with no quant_method"),
+        ({"quant_method": ["awq"]}, {}, "quantized with an unnamed method"),
         ({"quant_method": "x\ny" * 99}, {}, "mlx-lm cannot compute with it"),
     ],
 )

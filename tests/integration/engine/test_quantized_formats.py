@@ -20,6 +20,18 @@ from quantized_models import Matrix, Packed
 PROMPT = tuple(range(40, 72))
 Tensors = dict[str, Matrix]
 
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "vocab_size": tiny_models.vocabulary_size(),
+    "hidden_size": 64, "intermediate_size": 160, "moe_intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "n_shared_experts": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.0,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "qk_nope_head_dim": 16, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_layer_freq": 1, "first_k_dense_replace": 1, "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -153,10 +165,8 @@ def test_what_the_tensors_are_and_not_what_the_config_claims(plain: Path, tmp_pa
 def test_microscaling(plain: Path, tmp_path: Path, mode: str, key: str) -> None:
     bits, group_size = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}[mode]
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "mode": mode}
-    if key == "quantization_config":
-        if mode == "nvfp4":
-            pytest.skip("no quant_method of that name")
-        settings = {"quant_method": mode}
+    if key == "quantization_config" and mode != "nvfp4":
+        settings = {"quant_method": mode}  # Transformers' settings; nvfp4's are mlx-lm's own here
     folder = compare(
         plain,
         tmp_path,
@@ -258,18 +268,7 @@ def write_random(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def test_fp8_of_an_architecture_that_mlx_lm_dequantizes(tmp_path: Path) -> None:
-    config = {
-        "model_type": "deepseek_v3", "vocab_size": tiny_models.vocabulary_size(),
-        "hidden_size": 64, "intermediate_size": 160, "moe_intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "n_shared_experts": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.0,
-        "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
-        "qk_nope_head_dim": 16, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
-        "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-        "moe_layer_freq": 1, "first_k_dense_replace": 1, "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False,
-    }  # fmt: skip
-    plain = write_random(tmp_path / "plain", config)
+    plain = write_random(tmp_path / "plain", DEEPSEEK)
 
     def pack(module: str, matrix: Matrix) -> Packed | None:
         is_stored_so = module.endswith(("q_a_proj", "q_b_proj", "o_proj", "mlp.down_proj"))
@@ -278,3 +277,23 @@ def test_fp8_of_an_architecture_that_mlx_lm_dequantizes(tmp_path: Path) -> None:
     settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     folder = compare(plain, tmp_path, pack, quantization_config=settings)
     assert "8-bit FP8 quantized deepseek_v3" in recognise(folder).description
+
+
+def test_packed_compressed_tensors_of_an_architecture_that_mlx_lm_reads(tmp_path: Path) -> None:
+    plain = write_random(tmp_path / "plain", DEEPSEEK)
+
+    def pack(module: str, matrix: Matrix) -> Packed | None:
+        if not module.endswith(("q_a_proj", "q_b_proj", "o_proj", "mlp.down_proj")):
+            return None
+        return packing.compressed_int4(matrix)
+
+    weights = {"num_bits": 4, "symmetric": True, "type": "int", "group_size": 32}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    folder = compare(plain, tmp_path, pack, quantization_config=settings)
+    found = recognise(folder)
+    assert "4-bit compressed-tensors quantized deepseek_v3" in found.description
+    assert found.num_parameters == sum(tensor.size for tensor in read_tensors(plain).values())

@@ -297,7 +297,7 @@ further = st.sampled_from([
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), architecture=st.sampled_from(ARCHITECTURES))
 def test_any_config_is_refused_or_fine(
