@@ -68,12 +68,12 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
 
 
 class _Build:
-    """One build under way: how far it has come, for the sentence that says why it failed."""
+    """One build under way: whether the model is there, for the sentence that says what failed."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config: Mapping[str, Any] = checkpoint.config
-        self.has_model = self.has_names = False
+        self.has_model = False
 
     def find_classes(self, config: dict[str, Any]) -> tuple[Any, Any]:
         """mlx-lm's classes, which look at the tensors before they take them."""
@@ -90,7 +90,6 @@ class _Build:
                     weights = {f"model.{name}": array for name, array in weights.items()}
                 inherited = getattr(super(), "sanitize", None)
                 weights = inherited(weights) if inherited else weights
-                build.has_names = True
                 build.check_packing(self, weights)
                 return weights
 
@@ -184,7 +183,7 @@ class _Build:
                 f"config.json in {path} has {', '.join(odd)}, with which mlx-lm cannot build "
                 f"{architecture}; {same}"
             )
-        what = "cannot read the tensors of" if self.has_names or self.has_model else "cannot build"
+        what = "cannot read the tensors of" if self.has_model else "cannot build"
         return self._refusal(
             f"mlx-lm {what} the {architecture} model in {path} ({_line(sentence_of(exc))}); {same}"
         )
