@@ -23,7 +23,9 @@ from mlops.checkpoints.checkpoint import (
     TensorInfo,
     size_of_model,
 )
+from mlops.checkpoints.expert_adapters import read_parameters
 from mlops.checkpoints.files import CheckpointFile, read_json
+from mlops.checkpoints.placement import place, stored_modules
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.safetensors import BITS
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
@@ -52,7 +54,6 @@ _NOT_SUPPORTED = (
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "lora_bias",
     "alora_invocation_tokens",
 )
@@ -129,7 +130,8 @@ def check_adapter_fits(adapter: Checkpoint, base: Checkpoint) -> None:
     shapes = WeightShapes(base.tensors, base.config)
     names = _base_modules(base)
     wrong: dict[str, str] = {}
-    for module in adapter.adapter.modules.values():
+    _, others = place(adapter, base, stored_modules(base), "check_adapter_fits")
+    for module in others:
         stored = names.get(module.name)
         if stored is None and base.framework != "mlx":
             stored = names.get(_from_layers(module.name))
@@ -229,6 +231,14 @@ def _read_peft(
 
     is_dora = bool(config.get("use_dora"))
     modules = _pair(_Tensors(path, file, tensors, _PEFT_KEY, is_dora, transposed=True), scale)
+    if targets := config.get("target_parameters"):
+        ranks = _alpha_pattern(path, config.get("rank_pattern") or {})
+
+        def rank_of(name: str) -> Any:
+            own = next((int(value) for matches, value in ranks if matches(name)), None)
+            return config.get("r") if own is None else own
+
+        modules = read_parameters(path, targets, modules, rank_of, scale)
     base = _text(config.get("base_model_name_or_path"))
     return AdapterInfo("peft", "dora" if is_dora else "lora", base, modules)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import tiny_models
+import transformers_forms
 from mlops.checkpoints import recognise
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError
@@ -27,6 +28,14 @@ PYTHON = ROOT / ".tools" / "reference" / "bin" / "python"
 PROMPT = (72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100)
 MAX_TOKENS = 8
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EXPERT_PARAMETERS = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "r": 4,
+    "lora_alpha": 6,
+}
+OTHER_FORMS = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "gpt2")
+CONV1D = ["c_attn", "c_proj", "c_fc"]
 
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="torch and PEFT are not in .tools/reference: make reference"
@@ -41,6 +50,8 @@ class Case:
         written: arguments of `tiny_models.write_peft_adapter`; None: PEFT saves the adapter itself.
         saved: fields of PEFT's `LoraConfig`.
         tied: the base's output layer is its embedding.
+        experts: arguments of `transformers_forms.write_expert_adapter`; torch gets the same update
+            with all experts padded to one rank.
         save_embedding_layers: of PEFT's `save_pretrained`, whose default copies base layers that
             the adapter changes into the adapter.
     """
@@ -48,6 +59,7 @@ class Case:
     architecture: str = "llama"
     written: dict[str, Any] | None = None
     saved: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
     tied: bool = False
     save_embedding_layers: bool | str = False
 
@@ -96,6 +108,52 @@ CASES = {
     "saved-lm-head": Case(saved={"target_modules": ["q_proj", "lm_head"]}),
     "saved-embedding": Case(saved={"target_modules": ["q_proj", "embed_tokens"]}),
     "saved-tied-embedding": Case("qwen3", saved={"target_modules": ["embed_tokens"]}, tied=True),
+    "base-mixtral": Case("mixtral"),
+    "base-olmoe": Case("olmoe"),
+    "base-qwen3_moe": Case("qwen3_moe"),
+    "base-gpt_oss": Case("gpt_oss"),
+    "base-gpt2": Case("gpt2"),
+    "experts-mixtral": Case("mixtral", experts={}),
+    "experts-olmoe": Case("olmoe", experts={"alpha": 16.0}),
+    "experts-qwen3_moe": Case("qwen3_moe", experts={"absent": [1, 2], "ranks": {3: 2}}),
+    "parameters-mixtral": Case("mixtral", saved=EXPERT_PARAMETERS),
+    "parameters-olmoe": Case("olmoe", saved=EXPERT_PARAMETERS),
+    "parameters-qwen3_moe": Case("qwen3_moe", saved=EXPERT_PARAMETERS),
+    "parameters-gpt_oss": Case("gpt_oss", saved=EXPERT_PARAMETERS),
+    "parameters-gate-up": Case(
+        "mixtral",
+        saved={
+            "target_modules": [],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.gate.weight"],
+        },
+    ),
+    "parameters-rslora-ranks": Case(
+        "olmoe",
+        saved={
+            "target_modules": [],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"down_proj": 2},
+            "alpha_pattern": {"gate_up_proj": 5},
+        },
+    ),
+    "saved-tied-lm-head": Case("qwen3", saved={"target_modules": ["lm_head", "q_proj"]}, tied=True),
+    "saved-tied-dora-lm-head": Case(
+        "qwen3", saved={"target_modules": ["lm_head"], "use_dora": True}, tied=True
+    ),
+    "saved-tied-both": Case(
+        "qwen3", saved={"target_modules": ["lm_head", "embed_tokens"]}, tied=True
+    ),
+    "saved-tied-together": Case(
+        "qwen3",
+        saved={"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        tied=True,
+    ),
+    "gpt2-lora": Case("gpt2", saved={"target_modules": CONV1D, "fan_in_fan_out": True}),
+    "gpt2-dora": Case(
+        "gpt2", saved={"target_modules": CONV1D, "fan_in_fan_out": True, "use_dora": True}
+    ),
+    "gpt2-default": Case("gpt2", saved={"target_modules": ["c_attn", "lm_head"]}),
 }
 REFUSED = {
     # PEFT has a magnitude for each column of an embedding, mlx-lm one for each row.
@@ -105,10 +163,8 @@ REFUSED = {
     "embed_tokens.base_layer": Case(
         saved={"target_modules": ["embed_tokens"]}, save_embedding_layers="auto"
     ),
-    "the base has no lm_head": Case(
-        "qwen3",
-        saved={"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-        tied=True,
+    "down_proj .*is square": Case(
+        "qwen3_moe", saved={"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}
     ),
     "modules_to_save": Case(saved={"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "has bias": Case("qwen2", saved={"target_modules": ["q_proj"], "bias": "lora_only"}),
@@ -136,21 +192,25 @@ class Reference:
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
     folder = tmp_path_factory.mktemp("references")
-    jobs = []
+    jobs, ours = [], []
     for case in ALL_CASES.values():
-        base, adapter = folder / case.base, None
-        if not base.exists():
-            tiny_models.write_language_model(
-                base, architecture=case.architecture, tie_word_embeddings=case.tied
-            )
-        if case.written is not None or case.saved is not None:
+        base, theirs = write_base(folder, case)
+        adapter = None
+        if case.written is not None or case.saved is not None or case.experts is not None:
             adapter = folder / str(len(jobs))
+        padded = adapter
         if adapter is not None and case.written is not None:
             tiny_models.write_peft_adapter(adapter, base, **case.written)
+        if adapter is not None and case.experts is not None:
+            transformers_forms.write_expert_adapter(adapter, theirs, **case.experts)
+            padded = transformers_forms.write_expert_adapter(
+                folder / f"{adapter.name}-padded", theirs, is_padded=True, **case.experts
+            )
+        ours.append((base, adapter))
         jobs.append(
             {
-                "base": str(base),
-                "adapter": adapter and str(adapter),
+                "base": str(theirs),
+                "adapter": padded and str(padded),
                 "save": case.saved,
                 "save_embedding_layers": case.save_embedding_layers,
                 "prompt": PROMPT,
@@ -171,13 +231,28 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
     results = np.load(folder / "results.npz")
     return {
         name: Reference(
-            Path(job["base"]),
-            job["adapter"] and Path(job["adapter"]),
+            *ours[number],
             results[f"logits-{number}"],
             tuple(results[f"tokens-{number}"].tolist()),
         )
-        for number, (name, job) in enumerate(zip(ALL_CASES, jobs, strict=True))
+        for number, name in enumerate(ALL_CASES)
     }
+
+
+def write_base(folder: Path, case: Case) -> tuple[Path, Path]:
+    """The base model for us and for torch, unless it is there."""
+    base = folder / case.base
+    theirs = folder / f"{case.base}-transformers"
+    if not base.exists():
+        tiny_models.write_language_model(
+            base, architecture=case.architecture, tie_word_embeddings=case.tied
+        )
+        if case.architecture in OTHER_FORMS:
+            transformers_forms.write_transformers_form(theirs, base)
+    if case.architecture not in OTHER_FORMS:
+        return base, base
+    # mlx-lm reads Transformers' form as well, but for the experts of gpt-oss.
+    return (base if case.architecture == "gpt_oss" else theirs), theirs
 
 
 def our_logits(base: Path, adapter: Path | None, token_ids: Sequence[int]) -> Any:
