@@ -25,7 +25,7 @@ from mlops.checkpoints.checkpoint import (
 )
 from mlops.checkpoints.expert_adapters import read_parameters
 from mlops.checkpoints.files import CheckpointFile, read_json
-from mlops.checkpoints.placement import place, stored_modules
+from mlops.checkpoints.placement import is_conv1d, place, stored_modules
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.safetensors import BITS
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
@@ -138,7 +138,7 @@ def check_adapter_fits(adapter: Checkpoint, base: Checkpoint) -> None:
         if stored is None:
             if base.framework == "mlx" or "experts" not in _siblings(module.name, names):
                 wrong[module.key_a] = f"{module.key_a}: the base has no {module.name}"
-        elif problem := _misfit(module, stored, shapes):
+        elif problem := _misfit(module, stored, shapes, is_conv1d(base, stored)):
             wrong[module.key_a] = f"{module.key_a}: {problem}"
     if wrong:
         raise refusal(
@@ -407,7 +407,9 @@ def _siblings(name: str, names: Mapping[str, str]) -> str:
     return " ".join(key for key in names if key.startswith(f"{block}.")) if block else ""
 
 
-def _misfit(module: AdapterModule, stored: str, shapes: WeightShapes) -> str:
+def _misfit(
+    module: AdapterModule, stored: str, shapes: WeightShapes, is_transposed: bool = False
+) -> str:
     """Why the update does not fit the weight, or "" when it does or cannot be known."""
     columns, rows = shapes.possible_columns(stored), shapes.leading(stored)
     if not columns or not rows:
@@ -415,7 +417,7 @@ def _misfit(module: AdapterModule, stored: str, shapes: WeightShapes) -> str:
     wanted = (module.in_features, module.out_features)
     leaf = stored.rpartition(".")[2]
     is_embedding = "emb" in leaf or leaf == "wte"
-    row, column = wanted if is_embedding else (wanted[1], wanted[0])
+    row, column = wanted if is_embedding or is_transposed else (wanted[1], wanted[0])
     experts = (module.num_experts,) if module.num_experts is not None else ()
     if rows == (*experts, row) and column in columns:
         return ""

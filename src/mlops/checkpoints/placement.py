@@ -6,8 +6,10 @@ and with an output layer that is the embedding: mlx-lm has no module of that nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mlops.checkpoints.checkpoint import AdapterModule, Checkpoint, Part, Update
 from mlops.checkpoints.expert_adapters import (
@@ -34,6 +36,14 @@ class BaseModules:
     names: frozenset[str]
     embeddings: Mapping[str, tuple[int, tuple[int, ...]]]
     experts: ExpertLinears
+
+    @cached_property
+    def by_tail(self) -> dict[str, str]:
+        """Names by what they have from their layer on, where that is one module's alone."""
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(from_layers(name), []).append(name)
+        return {tail: names[0] for tail, names in found.items() if len(names) == 1}
 
 
 def stored_modules(base: Checkpoint) -> BaseModules:
@@ -73,7 +83,7 @@ def place(
     for module in others:
         embedding = _tied_embedding(module, modules)
         if embedding is None:
-            rest.append(_renamed(module, modules.names))
+            rest.append(_renamed(module, modules))
         else:
             updates.append(Update(module.name, (Part(module),), embedding=embedding))
     return updates, rest
@@ -93,13 +103,29 @@ def _tied_embedding(module: AdapterModule, base: BaseModules) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _renamed(module: AdapterModule, names: frozenset[str]) -> AdapterModule:
-    """The module by the name that the base has for it: Transformers 5 calls `mlp` what was
-    `block_sparse_moe`, mlx-lm keeps to the older name."""
-    if module.name in names:
+def _renamed(module: AdapterModule, base: BaseModules) -> AdapterModule:
+    """The module by the name that the base has for it. Loaders add and drop what stands before the
+    layers, and Transformers 5 calls `mlp` what mlx-lm keeps calling `block_sparse_moe`."""
+    if module.name in base.names:
         return module
-    for one, other in ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp.")):
-        name = module.name.replace(one, other)
-        if name in names:
+    tail = from_layers(module.name)
+    for one, other in (("", ""), (".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp.")):
+        if name := base.by_tail.get(tail.replace(one, other) if one else tail):
             return replace(module, name=name)
     return module
+
+
+def from_layers(name: str) -> str:
+    """A module's name from the number of its layer on; without `model.` where there is none."""
+    match = re.search(r"\b(?:layers|h|blocks)\.\d+\..*$", name)
+    return match[0] if match else name.removeprefix("model.")
+
+
+def is_conv1d(base: Checkpoint, name: str) -> bool:
+    """Whether a weight lies as (in, out): GPT-2's linears do, and mlx-lm turns them when loading.
+
+    PEFT's A and B do not depend on it, whatever `fan_in_fan_out` says.
+    """
+    leaf = name.rpartition(".")[2]
+    is_turned = base.architecture == "gpt2" and not name.startswith("model.")
+    return is_turned and leaf in ("c_attn", "c_proj", "c_fc")

@@ -55,7 +55,7 @@ def save_adapter(
         if "lora_magnitude_vector" in name:
             parameter.data *= 0.8 + 0.4 * torch.rand_like(parameter)
         elif "lora_" in name:
-            parameter.data = 0.2 * torch.randn_like(parameter)
+            parameter.data.copy_(0.2 * torch.randn_like(parameter))  # in place: some are tied
     model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
 
 
