@@ -1,7 +1,7 @@
-"""Tiny models and adapters as Transformers and PEFT have them on disk, where mlx-lm's form differs.
+"""Tiny models and adapters as Transformers and PEFT write them, where mlx-lm's form differs.
 
-Experts: `experts.3.w1.weight` or `experts.3.gate_proj.weight`, one matrix each; gpt-oss has gate and
-up in one, in turn, and (in, out). GPT-2's linears are `Conv1D`, (in, out).
+Experts: `experts.3.w1.weight` or `experts.3.gate_proj.weight`, one matrix each; gpt-oss has gate
+and up in one, in turn, and (in, out). GPT-2's linears are `Conv1D`, (in, out).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def write_transformers_form(folder: Path, base: Path) -> Path:
     """A model of `tiny_models` with its tensors as Transformers names and lays them out."""
     shutil.copytree(base, folder)
-    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     architecture = json.loads((base / "config.json").read_text())["model_type"]
     tensors: dict[str, Any] = {}
     for name, tensor in load_file(base / "model.safetensors").items():

@@ -187,8 +187,8 @@ def read_parameters(
     if unknown := [name for name in targets if name.rpartition(".")[2] not in _PARAMETERS]:
         raise refusal(
             f"the PEFT adapter {path} uses target_parameters with {examples(unknown)}; only "
-            f"{', '.join(_PARAMETERS)} of experts are supported: merge it into its model with PEFT and "
-            "package the result",
+            f"{', '.join(_PARAMETERS)} of experts are supported: merge it into its model with PEFT "
+            "and package the result",
             path,
             setting="target_parameters",
         )
@@ -229,7 +229,7 @@ def _read_parameter(
     if not isinstance(rank, int) or rank < 1 or module.rank % rank:
         raise refusal(
             f"the tensors of {name} in the adapter {path} have {count(module.rank, 'row')}, no "
-            f"multiple of the rank {str(rank)[:40]!r} of its configuration: write the rank that it "
+            f"multiple of the rank {rank!r:.40} of its configuration: write the rank that it "
             "was trained with",
             path,
             tensors=[module.key_a, module.key_b],
@@ -311,8 +311,8 @@ class _Placing:
         if len(possible) == 2 and any(targets[module.name][0].num_in for module in parameters):
             raise self._refusal(
                 f"{parameters[0].name} of the adapter {self._adapter.path} is square: whether A "
-                "has its inputs or its outputs depends on the version of PEFT; merge it into its model "
-                "with the one that it was trained with and package the result",
+                "has its inputs or its outputs depends on the version of PEFT; merge it into its "
+                "model with the one that it was trained with and package the result",
                 parameters[0],
             )
         return possible == {True}

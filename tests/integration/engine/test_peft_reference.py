@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ EXPERT_PARAMETERS = {
     "lora_alpha": 6,
 }
 OTHER_FORMS = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "gpt2")
+STACKED = ("mixtral", "olmoe", "qwen3_moe")
 CONV1D = ["c_attn", "c_proj", "c_fc"]
 
 pytestmark = pytest.mark.skipif(
@@ -221,7 +223,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
     script = Path(__file__).with_name("peft_reference.py")
     done = subprocess.run(
         [PYTHON, script, folder / "jobs.json", folder / "results.npz"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        # One thread: for models as small as these, more only wait for each other.
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -266,7 +269,10 @@ def our_logits(base: Path, adapter: Path | None, token_ids: Sequence[int]) -> An
 
         model, _ = load_model(base)
         banks = AdapterBanks(model, recognise(base), "cpu")
-        slot = 0 if adapter is None else banks.load("adapter", recognise(adapter))
+        slot = 0
+        if adapter is not None:
+            slot = banks.load("adapter", recognise(adapter))
+            assert banks.num_bytes(recognise(adapter)) == num_bytes_by_position(banks)
         banks.use(banks.select([slot]))
         return np.array(model(mx.array([token_ids]))[0].astype(mx.float32))
 
@@ -283,6 +289,85 @@ def test_logits_and_tokens_are_those_of_peft(references: dict[str, Reference], n
     if reference.adapter is not None:
         alone = our_logits(reference.base, None, PROMPT)
         assert np.abs(reference.logits - alone).max() > 1e-2, "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("base", sorted({case.base for case in CASES.values()}))
+def test_all_adapters_of_a_base_share_a_batch(references: dict[str, Reference], base: str) -> None:
+    """Each row has its own adapter's logits, the base's rows to the bit what they are alone."""
+    rows = [references[name] for name, case in CASES.items() if case.base == base]
+    rows += rows[::-1]
+
+    def compute() -> tuple[Any, Any]:
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        from mlops.engine.banks import AdapterBanks
+
+        model, _ = load_model(rows[0].base)
+        banks = AdapterBanks(model, recognise(rows[0].base), "cpu")
+        adapters = {row.adapter: recognise(row.adapter) for row in rows if row.adapter}
+        alone = np.array(model(mx.array([PROMPT] * len(rows))))
+        slots: dict[Path | None, int] = {None: 0}
+        for path, adapter in adapters.items():
+            slots[path] = banks.load(path.name, adapter)
+        banks.use(banks.select([slots[row.adapter] for row in rows]))
+        mixed = np.array(model(mx.array([PROMPT] * len(rows))))
+        for slot in slots.values():
+            if slot:
+                banks.unload(slot)
+        assert banks.num_resident_bytes == 0
+        return mixed, alone
+
+    mixed, alone = run_in_owner(compute)
+    for row, reference in enumerate(rows):
+        np.testing.assert_allclose(mixed[row], reference.logits, atol=1e-4, rtol=1e-4)
+        if reference.adapter is None:
+            np.testing.assert_array_equal(mixed[row], alone[row])
+
+
+def num_bytes_by_position(banks: Any) -> int:
+    """Bytes that one adapter takes in all banks that there are."""
+    return sum(
+        array.nbytes // array.shape[0]
+        for layer in banks._layers.values()
+        for bank in layer.banks.by_rank.values()
+        for array in bank.arrays
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.base in STACKED])
+def test_a_base_that_mlx_lm_has_saved_takes_the_same_adapters(
+    references: dict[str, Reference], name: str
+) -> None:
+    reference = references[name]
+    saved = reference.base.with_name(CASES[name].base)
+    assert saved != reference.base
+    ours = our_logits(saved, reference.adapter, PROMPT)
+    np.testing.assert_allclose(ours, reference.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "qwen3_moe", "gpt_oss"])
+def test_parameters_as_older_versions_of_peft_lay_them_out(
+    references: dict[str, Reference], architecture: str, tmp_path: Path
+) -> None:
+    """A has the outputs and B the inputs, as PEFT 0.18 saves them for all of these but gpt-oss."""
+    from safetensors.numpy import load_file, save_file
+
+    reference = references[f"parameters-{architecture}"]
+    assert reference.adapter is not None
+    older = shutil.copytree(reference.adapter, tmp_path / "older")
+    tensors = load_file(older / "adapter_model.safetensors")
+    rank = EXPERT_PARAMETERS["r"]
+    for key in [key for key in tensors if ".experts." in key and ".lora_A." in key]:
+        other = key.replace(".lora_A.", ".lora_B.")
+        a, b = tensors[key], tensors[other]
+        inputs = a.reshape(-1, rank, a.shape[1]).transpose(2, 1, 0)
+        outputs = b.reshape(b.shape[0], rank, -1).transpose(2, 1, 0)
+        tensors[key] = np.ascontiguousarray(outputs.reshape(-1, b.shape[0]))
+        tensors[other] = np.ascontiguousarray(inputs.reshape(a.shape[1], -1))
+    save_file(tensors, older / "adapter_model.safetensors", metadata={"format": "pt"})
+    ours = our_logits(reference.base, older, PROMPT)
+    np.testing.assert_allclose(ours, reference.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reason", REFUSED)
