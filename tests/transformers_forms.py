@@ -81,7 +81,6 @@ def write_expert_adapter(
     absent: Collection[int] = (),
     ranks: Mapping[int, int] | None = None,
     is_padded: bool = False,
-    alpha_pattern: Mapping[str, float] | None = None,
     seed: int = 3,
 ) -> Path:
     """Write a PEFT adapter with an A and B for each expert, as Transformers 4 has modules for them.
@@ -93,7 +92,7 @@ def write_expert_adapter(
         is_padded: write the same update with all experts, all of `rank`.
     """
     source = np.random.default_rng(seed)
-    tensors = {}
+    tensors, rank_pattern = {}, {}
     for name, weight in sorted(load_file(base / "model.safetensors").items()):
         match = re.fullmatch(r"(.+\.experts\.(\d+)\.\w+)\.weight", name)
         if not match:
@@ -108,6 +107,8 @@ def write_expert_adapter(
             b = np.pad(b, [(0, 0), (0, rank - own)])
         elif expert in absent:
             continue
+        elif own != rank:
+            rank_pattern[match[1]] = own
         tensors[f"base_model.model.{match[1]}.lora_A.weight"] = a
         tensors[f"base_model.model.{match[1]}.lora_B.weight"] = b
     folder.mkdir()
@@ -120,7 +121,7 @@ def write_expert_adapter(
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": leaves,
-        "alpha_pattern": dict(alpha_pattern or {}),
+        "rank_pattern": rank_pattern,
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,

@@ -234,11 +234,11 @@ def _read_peft(
     if targets := config.get("target_parameters"):
         ranks = _alpha_pattern(path, config.get("rank_pattern") or {})
 
-        def rank_of(name: str) -> Any:
+        def rank(name: str) -> Any:
             own = next((int(value) for matches, value in ranks if matches(name)), None)
             return config.get("r") if own is None else own
 
-        modules = read_parameters(path, targets, modules, rank_of, scale)
+        modules = read_parameters(path, targets, modules, rank, scale)
     base = _text(config.get("base_model_name_or_path"))
     return AdapterInfo("peft", "dora" if is_dora else "lora", base, modules)
 

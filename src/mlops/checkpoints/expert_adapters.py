@@ -164,15 +164,16 @@ def read_parameters(
     rank_of: Callable[[str], Any],
     scale_of: Callable[[str, int], float],
 ) -> dict[str, AdapterModule]:
-    """An adapter's modules with those that PEFT's `target_parameters` mean as what they are.
+    """A PEFT adapter's modules with their scales, those that `target_parameters` mean as experts.
 
     PEFT wraps a module once for each parameter of it, the first one innermost (`base_layer`), and
     puts the matrices of all experts into one: A (experts * rank, in), B (out, rank * experts).
 
     Args:
         targets: ends of the names of parameters: `mlp.experts.gate_up_proj`.
-        modules: by name; what lies side by side is taken for rank.
+        modules: by name; what lies side by side is still taken for rank.
         rank_of: the rank that the configuration has for a name.
+        scale_of: the scale for a name and a rank.
 
     Raises:
         PackagingError: it has parameters that are no linears of experts.
@@ -201,7 +202,7 @@ def read_parameters(
         owner = name.replace(_NESTED, "")
         leaves = _targeted_parameters(owner, targets)
         if len(leaves) != deepest[owner] + 1:
-            found[name] = module
+            found[name] = replace(module, scale=scale_of(name, module.rank))
             continue
         parameter = f"{owner}.{leaves[deepest[owner] - name.count(_NESTED)]}"
         read = _read_parameter(path, parameter, module, rank_of(parameter), scale_of)
@@ -338,14 +339,7 @@ class _Placing:
         """An expert of its own, or all of them stacked."""
         if not _fits([linear], module.in_features, module.out_features):
             raise self._misfit(module, [linear])
-        expert = _expert(module.name)
-        parts = self._parts.setdefault(linear.name, [])
-        if any(part.expert in (expert, None) for part in parts):
-            raise self._refusal(
-                f"the adapter {self._adapter.path} has {module.name} under two names", module
-            )
-        self._linears[linear.name] = linear
-        parts.append(Part(module, expert=expert))
+        self._append(linear, Part(module, expert=_expert(module.name)))
 
     def add_parameter(
         self, module: AdapterModule, linears: list[ExpertLinear], is_reversed: bool
@@ -358,9 +352,17 @@ class _Placing:
                 outputs = slice(number, num_out, 2)
             elif len(linears) == 2:
                 outputs = slice(number * num_out // 2, (number + 1) * num_out // 2)
-            self._linears[linear.name] = linear
-            part = Part(module, outputs=outputs, is_reversed=is_reversed)
-            self._parts.setdefault(linear.name, []).append(part)
+            self._append(linear, Part(module, outputs=outputs, is_reversed=is_reversed))
+
+    def _append(self, linear: ExpertLinear, part: Part) -> None:
+        parts = self._parts.setdefault(linear.name, [])
+        if any(part.expert is None or other.expert in (part.expert, None) for other in parts):
+            raise self._refusal(
+                f"the adapter {self._adapter.path} has {part.module.name} under two names",
+                part.module,
+            )
+        self._linears[linear.name] = linear
+        parts.append(part)
 
     def _misfit(self, module: AdapterModule, linears: list[ExpertLinear]) -> PackagingError:
         num_out = sum(linear.num_out or 0 for linear in linears)

@@ -136,6 +136,10 @@ REFUSED: dict[str, tuple[Shapes, dict[str, Any]]] = {
         low_rank(f"{BLOCK}.0.up_proj", HIDDEN, WIDTH) | low_rank(f"{BLOCK}.0.w3", HIDDEN, WIDTH),
         {},
     ),
+    "down_proj under two names": (
+        parameters() | low_rank(f"{BLOCK}.0.down_proj", WIDTH, HIDDEN),
+        TARGETS,
+    ),
     "experts take LoRA only": (
         low_rank(f"{BLOCK}.0.up_proj", HIDDEN, WIDTH)
         | {f"{BLOCK}.0.up_proj.lora_magnitude_vector": (WIDTH,)},
