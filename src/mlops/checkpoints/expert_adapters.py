@@ -201,9 +201,17 @@ def read_parameters(
     for name, module in modules.items():
         owner = name.replace(_NESTED, "")
         leaves = _targeted_parameters(owner, targets)
-        if len(leaves) != deepest[owner] + 1:
+        if not leaves:
             found[name] = replace(module, scale=scale_of(name, module.rank))
             continue
+        if len(leaves) != deepest[owner] + 1:
+            raise refusal(
+                f"the adapter {path} has tensors for {count(deepest[owner] + 1, 'parameter')} of "
+                f"{owner}, and target_parameters names {', '.join(leaves)}: write out those that "
+                "it was trained with",
+                path,
+                setting="target_parameters",
+            )
         parameter = f"{owner}.{leaves[deepest[owner] - name.count(_NESTED)]}"
         read = _read_parameter(path, parameter, module, rank_of(parameter), scale_of)
         found[read.name] = read

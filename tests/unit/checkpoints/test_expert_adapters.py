@@ -148,13 +148,13 @@ REFUSED: dict[str, tuple[Shapes, dict[str, Any]]] = {
     "it is for 4 experts, the base has 3": (parameters(experts=4), TARGETS),
     "another base model .* it takes 5 and gives 8 values": (parameters(width=5), TARGETS),
     "no multiple of the rank 4": (parameters(), TARGETS | {"r": 4}),
-    "no multiple of the rank 'x'": (parameters(), TARGETS | {"r": "x"}),
     "is not a list of names": (parameters(), {"target_parameters": "experts.down_proj"}),
     "target_parameters with experts.gate_up_proj_bias": (
         parameters(), {"target_parameters": ["experts.gate_up_proj_bias"]},
     ),
-    "base_layer": (parameters(), {"target_parameters": ["experts.down_proj"]}),
-    "the base has no model.layers.1": (
+    "for 2 parameters of .*names down_proj": (
+        parameters(), {"target_parameters": ["experts.down_proj"]}),
+    "layers.1|layers up to 1": (
         low_rank("model.layers.1.mlp.experts.0.up_proj", HIDDEN, WIDTH), {},
     ),
 }  # fmt: skip
