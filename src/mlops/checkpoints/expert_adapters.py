@@ -138,6 +138,8 @@ def stored_expert_linears(base: Checkpoint) -> ExpertLinears:
         if location.expert is not None and tensor.endswith(".weight"):
             found = single.setdefault((location.path, location.role), [])
             found.append((location.expert, name))
+        elif len(info.shape) < 3:
+            continue  # a layer without a mixture, or biases
         elif location.role == "gate_up":
             # Its halves may lie along either axis: the loader knows.
             for leaf in ("gate_proj", "up_proj"):
@@ -147,7 +149,7 @@ def stored_expert_linears(base: Checkpoint) -> ExpertLinears:
             num_experts, num_out = shapes.leading(name)
             columns = tuple(shapes.possible_columns(name))
             stacked[name] = ExpertLinear(name, num_experts, num_out, columns)
-        elif len(info.shape) >= 3:
+        else:
             stacked[name] = ExpertLinear(name, info.shape[0])
     for experts in single.values():
         number, name = max(experts)

@@ -20,7 +20,9 @@ import pytest
 
 import tiny_models
 import transformers_forms
+from engines import running, tokens_of
 from mlops.checkpoints import recognise
+from mlops.engine import GenerationRequest, load_model
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError
 
@@ -323,6 +325,28 @@ def test_all_adapters_of_a_base_share_a_batch(references: dict[str, Reference], 
         np.testing.assert_allclose(mixed[row], reference.logits, atol=1e-4, rtol=1e-4)
         if reference.adapter is None:
             np.testing.assert_array_equal(mixed[row], alone[row])
+
+
+@pytest.mark.parametrize("base", ["mixtral", "gpt_oss", "qwen3-tied"])
+def test_the_engine_answers_as_torch_does(references: dict[str, Reference], base: str) -> None:
+    """Requests for all adapters of a base and for the base itself, decoded together."""
+    rows = {name: references[name] for name, case in CASES.items() if case.base == base}
+    folders = {name: row.adapter for name, row in rows.items() if row.adapter is not None}
+    requests = [
+        GenerationRequest(
+            PROMPT,
+            adapter=name if name in folders else None,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
+        )
+        for name in rows
+    ]
+    with running(load_model(next(iter(rows.values())).base), folders) as one:
+        one.preload()
+        expected = [row.tokens for row in rows.values()]
+        assert tokens_of(one, *requests) == expected
+        assert one.statistics()["steps"]["mixed"] >= 1
+    assert len(set(expected)) > 1
 
 
 def num_bytes_by_position(banks: Any) -> int:

@@ -113,6 +113,27 @@ def test_experts_are_found_however_the_base_has_them(
     check_adapter_fits(adapter(tmp_path, shapes, **config), base(BASES[base_name]))
 
 
+@pytest.mark.parametrize("base_name", BASES)
+def test_mlx_lms_stacked_experts_fit_as_well(tmp_path: Path, base_name: str) -> None:
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    for num_experts in (EXPERTS, EXPERTS + 1):
+        write_safetensors(
+            tmp_path / "adapters.safetensors",
+            {
+                f"{name}.lora_a": (num_experts, RANK, HIDDEN),
+                f"{name}.lora_b": (num_experts, WIDTH, RANK),
+            },
+        )
+        stacks = recognise(tmp_path)
+        if num_experts == EXPERTS:
+            check_adapter_fits(stacks, base(BASES[base_name]))
+        else:
+            with pytest.raises(PackagingError, match="for 4 experts, the base has 3"):
+                check_adapter_fits(stacks, base(BASES[base_name]))
+
+
 def test_what_parameters_are_read_as(tmp_path: Path) -> None:
     config = TARGETS | {"rank_pattern": {"down_proj": 1}, "alpha_pattern": {"gate_up_proj": 3}}
     shapes = parameters() | low_rank(BLOCK, WIDTH, HIDDEN, EXPERTS)
