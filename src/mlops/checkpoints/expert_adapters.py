@@ -1,6 +1,7 @@
 """Adapters of a mixture's experts, whose matrices mlx-lm holds stacked: (experts, out, in).
 
     model.layers.0.mlp.experts.3.gate_proj     A and B of one expert: PEFT on a module for each
+    model.layers.0.mlp.experts.down_projs.3    likewise, over a 4-bit gpt-oss of Unsloth's
     model.layers.0.mlp.experts.gate_up_proj    of all at once: PEFT's `target_parameters`
     model.layers.0.mlp.switch_mlp.gate_proj    stacked: mlx-lm
 
@@ -26,6 +27,7 @@ _ROLES = {
     "up_proj": "up", "w3": "up", "fc1": "up",
     "down_proj": "down", "w2": "down", "fc2": "down", "output_linear": "down",
     "gate_up_proj": "gate_up", "input_linear": "gate_up",
+    "gate_up_projs": "gate_up", "down_projs": "down",
 }  # fmt: skip
 _BLOCKS = frozenset({"experts", "switch_mlp", "switch_glu", "moe", "block_sparse_moe"})
 _LAYERS = frozenset({"layers", "h", "blocks"})
@@ -60,10 +62,12 @@ class _Location:
 
 def _locate(name: str) -> _Location | None:
     *parents, leaf = name.split(".")
-    role = _ROLES.get(leaf)
     expert = None
-    if parents and _is_number(parents[-1]):
+    if parents and _is_number(leaf):  # a list of linears: experts.down_projs.3
+        expert, leaf = int(leaf), parents.pop()
+    elif parents and _is_number(parents[-1]):
         expert = int(parents.pop())
+    role = _ROLES.get(leaf)
     is_block = bool(parents) and (
         parents[-1] in _BLOCKS or (expert is not None and parents[-1] == "mlp")
     )
@@ -276,10 +280,7 @@ def place_experts(
     is_reversed = placing.find_orientation(experts, targets)
     for module in experts:
         placing.check(module, targets[module.name])
-        if module.is_side_by_side:
-            placing.add_parameter(module, targets[module.name], is_reversed)
-        else:
-            placing.add(module, targets[module.name][0])
+        placing.add(module, targets[module.name], is_reversed and module.is_side_by_side)
     return placing.updates(), [module for module in modules if not targets[module.name]]
 
 
@@ -345,24 +346,24 @@ class _Placing:
                 module, f"it is for {module.num_experts} experts, the base has {num_experts}"
             )
 
-    def add(self, module: AdapterModule, linear: ExpertLinear) -> None:
-        """An expert of its own, or all of them stacked."""
-        if not _fits([linear], module.in_features, module.out_features):
-            raise self._misfit(module, [linear])
-        self._append(linear, Part(module, expert=_expert(module.name)))
+    def add(self, module: AdapterModule, linears: list[ExpertLinear], is_reversed: bool) -> None:
+        """One expert's tensors or all of theirs; gate and up in one lie half and half, or in turn.
 
-    def add_parameter(
-        self, module: AdapterModule, linears: list[ExpertLinear], is_reversed: bool
-    ) -> None:
-        """All experts; gate and up are in one, half and half or in turn."""
-        num_out = module.in_features if is_reversed else module.out_features
+        Args:
+            is_reversed: A has the outputs and B the inputs.
+        """
+        num_in, num_out = module.in_features, module.out_features
+        if is_reversed:
+            num_in, num_out = num_out, num_in
+        if not _fits(linears, num_in, num_out):
+            raise self._misfit(module, linears)
         for number, linear in enumerate(linears):
             outputs = None
             if len(linears) == 2 and self._base.architecture in INTERLEAVED:
                 outputs = slice(number, num_out, 2)
             elif len(linears) == 2:
                 outputs = slice(number * num_out // 2, (number + 1) * num_out // 2)
-            self._append(linear, Part(module, outputs=outputs, is_reversed=is_reversed))
+            self._append(linear, Part(module, _expert(module.name), outputs, is_reversed))
 
     def _append(self, linear: ExpertLinear, part: Part) -> None:
         parts = self._parts.setdefault(linear.name, [])

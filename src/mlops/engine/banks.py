@@ -463,10 +463,10 @@ def _take_part(tensors: Mapping[str, mx.array], part: Part) -> tuple[mx.array, m
         b = b.reshape(-1, module.rank, module.num_experts).transpose(2, 0, 1)
         if part.is_reversed:
             a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-        if part.outputs is not None:
-            b = b[:, part.outputs]
     elif module.num_experts is None and module.transposed == (part.expert is None):
         a, b = a.T, b.T
+    if part.outputs is not None:
+        b = b[..., part.outputs, :]
     return a, b
 
 

@@ -327,6 +327,36 @@ def test_all_adapters_of_a_base_share_a_batch(references: dict[str, Reference], 
             np.testing.assert_array_equal(mixed[row], alone[row])
 
 
+def test_gpt_oss_with_a_linear_for_each_expert(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
+    """Unsloth's 4-bit gpt-oss has lists of linears where Transformers has parameters."""
+    from safetensors.numpy import load_file, save_file
+
+    reference = references["parameters-gpt_oss"]
+    assert reference.adapter is not None
+    folder = shutil.copytree(reference.adapter, tmp_path / "lists")
+    rank, tensors = EXPERT_PARAMETERS["r"], {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        module, _, part = key.partition(".lora_")
+        if not module.endswith((".experts", ".experts.base_layer")):
+            tensors[key] = tensor
+            continue
+        leaf = "gate_up_projs" if module.endswith(".base_layer") else "down_projs"
+        experts = tensor.reshape(-1, rank, tensor.shape[1])
+        if part.startswith("B"):
+            experts = tensor.reshape(len(tensor), rank, -1).transpose(2, 0, 1)
+        for number, expert in enumerate(experts):
+            name = f"{module.removesuffix('.base_layer')}.{leaf}.{number}.lora_{part}"
+            tensors[name] = np.ascontiguousarray(expert)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["target_parameters"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ours = our_logits(reference.base, folder, PROMPT)
+    np.testing.assert_allclose(ours, reference.logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("base", ["mixtral", "gpt_oss", "qwen3-tied"])
 def test_the_engine_answers_as_torch_does(references: dict[str, Reference], base: str) -> None:
     """Requests for all adapters of a base and for the base itself, decoded together."""

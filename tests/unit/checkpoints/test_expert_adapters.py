@@ -96,6 +96,11 @@ ADAPTERS: dict[str, tuple[Shapes, dict[str, Any]]] = {
     "an expert of Mixtral": (
         low_rank("model.layers.0.block_sparse_moe.experts.2.w2", WIDTH, HIDDEN), {},
     ),
+    "lists of linears": (
+        low_rank(f"{BLOCK}.gate_up_projs.1", HIDDEN, 2 * WIDTH)
+        | low_rank(f"{BLOCK}.down_projs.2", WIDTH, HIDDEN),
+        {},
+    ),
     "parameters": (parameters(), TARGETS),
     "a parameter": (
         low_rank(BLOCK, WIDTH, HIDDEN, RANK * EXPERTS),
