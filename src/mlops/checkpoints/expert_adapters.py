@@ -11,7 +11,7 @@ tell which one of the model's is meant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,7 @@ def read_parameters(
             path,
             setting="target_parameters",
         )
+    wanted = frozenset(targets)
     deepest: dict[str, int] = {}
     for name in modules:
         owner = name.replace(_NESTED, "")
@@ -206,7 +207,7 @@ def read_parameters(
     found: dict[str, AdapterModule] = {}
     for name, module in modules.items():
         owner = name.replace(_NESTED, "")
-        leaves = _targeted_parameters(owner, targets)
+        leaves = _targeted_parameters(owner, wanted)
         if not leaves:
             found[name] = replace(module, scale=scale_of(name, module.rank))
             continue
@@ -220,17 +221,22 @@ def read_parameters(
             )
         parameter = f"{owner}.{leaves[deepest[owner] - name.count(_NESTED)]}"
         read = _read_parameter(path, parameter, module, rank_of(parameter), scale_of)
+        if read.name != name and read.name in modules:
+            raise refusal(
+                f"the adapter {path} has {read.name} under two names; save it again with the one "
+                "that was trained",
+                path,
+                tensors=[module.key_a, modules[read.name].key_a],
+            )
         found[read.name] = read
     return found
 
 
-def _targeted_parameters(owner: str, targets: list[str]) -> list[str]:
+def _targeted_parameters(owner: str, targets: Set[str]) -> list[str]:
     """Which parameters of a module are meant, the one that PEFT wraps first in front."""
-    return [
-        leaf
-        for leaf in _PARAMETERS
-        if any(f".{owner}.{leaf}".endswith(f".{target}") for target in targets)
-    ]
+    parts = owner.split(".")
+    ends = [".".join([*parts[start:], ""]) for start in range(len(parts) + 1)]
+    return [leaf for leaf in _PARAMETERS if any(f"{end}{leaf}" in targets for end in ends)]
 
 
 def _read_parameter(

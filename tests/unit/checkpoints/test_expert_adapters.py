@@ -162,6 +162,10 @@ REFUSED: dict[str, tuple[Shapes, dict[str, Any]]] = {
         low_rank(f"{BLOCK}.0.up_proj", HIDDEN, WIDTH) | low_rank(f"{BLOCK}.0.w3", HIDDEN, WIDTH),
         {},
     ),
+    "gate_up_proj under two names": (
+        parameters() | low_rank(f"{BLOCK}.gate_up_proj", HIDDEN, 2 * WIDTH),
+        TARGETS,
+    ),
     "down_proj under two names": (
         parameters() | low_rank(f"{BLOCK}.0.down_proj", WIDTH, HIDDEN),
         TARGETS,
