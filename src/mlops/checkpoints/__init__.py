@@ -4,7 +4,12 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
     recognition     what is at a path: asks the modules below, in turn
     language_model  config.json and model*.safetensors, as mlx-lm loads them
-    adapters        LoRA and DoRA adapters of mlx-lm and PEFT; do they fit a base model
+    adapters        LoRA and DoRA adapters of mlx-lm and PEFT
+    adapter_fit     do they fit a base model
+    adapter_names   what the base model calls a module, whoever wrote its name
+    adapter_values  what their bytes show: all zeros, NaN
+    peft_config     what PEFT's configuration says of an adapter
+    peft_patterns   its regular expressions
     other_formats   PyTorch, ONNX, Core ML and MLX function files
     consistency     does config.json describe these tensors
     architectures   which architectures the installed mlx-lm has
@@ -19,7 +24,9 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
 from __future__ import annotations
 
-from mlops.checkpoints.adapters import adapter_delta_is_zero, check_adapter_fits
+from mlops.checkpoints.adapter_fit import check_adapter_fits, modules_in_base
+from mlops.checkpoints.adapter_names import ModuleNames
+from mlops.checkpoints.adapter_values import adapter_delta_is_zero, check_finite
 from mlops.checkpoints.checkpoint import (
     AdapterInfo,
     AdapterModule,
@@ -38,13 +45,16 @@ __all__ = [
     "Checkpoint",
     "CheckpointFile",
     "CheckpointKind",
+    "ModuleNames",
     "Pooling",
     "PoolingMode",
     "SafetensorsHeader",
     "TensorInfo",
     "adapter_delta_is_zero",
     "check_adapter_fits",
+    "check_finite",
     "list_files",
+    "modules_in_base",
     "read_header",
     "recognise",
 ]

@@ -21,8 +21,9 @@ from mlops.checkpoints import (
     AdapterInfo,
     AdapterModule,
     Checkpoint,
+    ModuleNames,
     adapter_delta_is_zero,
-    check_adapter_fits,
+    modules_in_base,
 )
 from mlops.counts import count
 from mlops.errors import PackagingError
@@ -90,6 +91,7 @@ class AdapterBanks:
             name: mx.float32 if device == "cpu" else compute_dtype(layer)
             for name, layer in model.named_modules()
         }
+        self._names = ModuleNames(self._dtypes)
         self._in_use = InUse()
         self._layers: dict[str, Banked] = {}
         self._residents: dict[int, _Resident] = {}
@@ -110,16 +112,13 @@ class AdapterBanks:
         Any thread may ask.
 
         Raises:
-            PackagingError: it is not an adapter, or the model has no such modules.
+            PackagingError: it is not an adapter, or does not fit the model.
         """
-        info = _info(adapter)
-        rank = padded_rank(info.rank)
+        rank = padded_rank(_info(adapter).rank)
         num_bytes = 0
-        for module in info.modules.values():
+        for name, module in modules_in_base(adapter, self._base, self._names).items():
             num_columns = (module.num_experts or 1) * (module.in_features + module.out_features)
-            if module.name not in self._dtypes:
-                raise self._no_such_module(adapter.path, module.name)
-            num_bytes += self._dtypes[module.name].size * rank * num_columns
+            num_bytes += self._dtypes[name].size * rank * num_columns
             if module.key_m is not None:
                 num_bytes += 4 * math.prod(adapter.tensors[module.key_m].shape)
         return num_bytes
@@ -133,12 +132,12 @@ class AdapterBanks:
             name: what requests call it; for messages.
 
         Raises:
-            PackagingError: it belongs to another base model, a tensor of it would go unused or is
-                not finite, it changes nothing, or the model's code has no place for it.
+            PackagingError: it does not fit the base model, a tensor of it would go unused or is not
+                finite, it changes nothing, or the model's code has no place for it.
         """
         info = _info(adapter)
-        check_adapter_fits(adapter, self._base)
-        tensors = self._read(adapter.path, info)
+        modules = modules_in_base(adapter, self._base, self._names)
+        tensors = self._read(adapter, modules)
         if adapter_delta_is_zero(adapter):
             raise _refusal(
                 f"the adapter {adapter.path} changes nothing: all its B matrices are zero; "
@@ -198,16 +197,19 @@ class AdapterBanks:
         addresses = (Address(rank, position) for position in itertools.count(1))
         return next(address for address in addresses if address not in taken)
 
-    def _read(self, path: Path, info: AdapterInfo) -> dict[str, AdapterTensors]:
+    def _read(
+        self, adapter: Checkpoint, modules: Mapping[str, AdapterModule]
+    ) -> dict[str, AdapterTensors]:
         """Every module's tensors, checked against the model's layers, not yet evaluated."""
         from mlops.engine.layers import check_tensors
 
-        of_files = _load_tensors(path, info)
+        path, of_files = adapter.path, _load_tensors(adapter.path, _info(adapter))
         found = {}
-        for module in info.modules.values():
-            found[module.name] = _take(of_files, module)
-            check_tensors(module.name, self._find_base(path, module.name), found[module.name])
-        if unused := sorted(set().union(*of_files.values())):
+        for name, module in modules.items():
+            found[name] = _take(of_files, module)
+            check_tensors(name, self._find_base(name), found[name])
+        # What recognition has seen has its module, or is the same as what has.
+        if unused := sorted(set().union(*of_files.values()) - set(adapter.tensors)):
             raise _refusal(
                 f"the adapter {path} has {count(len(unused), 'tensor')} that nothing uses: "
                 f"{', '.join(unused[:3])}",
@@ -235,30 +237,18 @@ class AdapterBanks:
             prepared[name] = written
         return prepared
 
-    def _find_base(self, path: Path, name: str) -> nn.Module:
+    def _find_base(self, name: str) -> nn.Module:
         """The base model's layer of this name."""
         layer = self._layers.get(name)
-        return self._find_place(path, name).layer if layer is None else layer.base
+        return self._find_place(name).layer if layer is None else layer.base
 
-    def _find_place(self, path: Path, name: str) -> _Place:
+    def _find_place(self, name: str) -> _Place:
+        """Where a module of the model sits, by its name there."""
         *parents, key = name.split(".")
         parent: Any = self._model
-        try:
-            for part in parents:
-                parent = _Place(parent, part).layer
-            place = _Place(parent, key)
-            place.layer  # noqa: B018 - the look-up is the check
-        except (AttributeError, IndexError, ValueError) as exc:
-            raise self._no_such_module(path, name) from exc
-        return place
-
-    def _no_such_module(self, path: Path, name: str) -> PackagingError:
-        return _refusal(
-            f"the adapter {path} changes {name}, which the base model {self._base.path} does not "
-            "have: it was trained on another base",
-            path,
-            module=name,
-        )
+        for part in parents:
+            parent = _Place(parent, part).layer
+        return _Place(parent, key)
 
     def _wrap(self, path: Path, names: Iterable[str]) -> None:
         """Make the layers that are not yet so able to take adapters. On their own they change
@@ -269,18 +259,18 @@ class AdapterBanks:
         for name in names:
             if name in self._layers:
                 continue
-            if _is_switch(self._find_base(path, name)):
+            if _is_switch(self._find_base(name)):
                 blocks.add(self._block_of(path, name))
             else:
                 single.append(name)
         self._try_out(path, {*single, *blocks})
         for name in single:
-            place = self._find_place(path, name)
+            place = self._find_place(name)
             layer = make_banked(place.layer, self._in_use)
             place.put(layer)
             self._layers[name] = layer
         for name in blocks:
-            place = self._find_place(path, name)
+            place = self._find_place(name)
             block = BankedExperts(place.layer, self._in_use)
             place.put(block)
             self._layers |= {f"{name}.{key}": linear for key, linear in block.linears.items()}
@@ -289,7 +279,7 @@ class AdapterBanks:
         from mlops.engine.mlx_lm import SwitchGLU, SwitchMLP
 
         block, _, _ = name.rpartition(".")
-        if not isinstance(self._find_place(path, block).layer, SwitchGLU | SwitchMLP):
+        if not isinstance(self._find_place(block).layer, SwitchGLU | SwitchMLP):
             raise _refusal(
                 f"the adapter {path} changes the experts {name}, which are in no block of experts "
                 "that takes adapters; fuse the adapter into its model",
@@ -307,7 +297,7 @@ class AdapterBanks:
             return
         from mlops.engine.witness import Witness, lay_out_forward_pass
 
-        places = {name: self._find_place(path, name) for name in sorted(names)}
+        places = {name: self._find_place(name) for name in sorted(names)}
         witnesses = {name: Witness(place.layer) for name, place in places.items()}
         rows = self._in_use.rows
         try:
