@@ -4,9 +4,14 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
     recognition     what is at a path: asks the modules below, in turn
     language_model  config.json and model*.safetensors, as mlx-lm loads them
-    adapters        LoRA and DoRA adapters of mlx-lm and PEFT; do they fit a base model
+    adapters        LoRA and DoRA adapters of mlx-lm and PEFT
+    adapter_fit     do they fit a base model
+    adapter_names   what the base model calls a module, whoever wrote its name
+    adapter_values  what their bytes show: all zeros, NaN
     placement       where in a model the tensors of an adapter go
     expert_adapters adapters of a mixture's experts, in each form that they have
+    peft_config     what PEFT's configuration says of an adapter
+    peft_patterns   its regular expressions
     other_formats   PyTorch, ONNX, Core ML and MLX function files
     consistency     does config.json describe these tensors
     architectures   which architectures the installed mlx-lm has
@@ -21,7 +26,9 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
 from __future__ import annotations
 
-from mlops.checkpoints.adapters import adapter_delta_is_zero, check_adapter_fits
+from mlops.checkpoints.adapter_fit import check_adapter_fits, updates_in_base
+from mlops.checkpoints.adapter_names import ModuleNames
+from mlops.checkpoints.adapter_values import adapter_delta_is_zero, check_finite
 from mlops.checkpoints.checkpoint import (
     AdapterInfo,
     AdapterModule,
@@ -33,7 +40,7 @@ from mlops.checkpoints.checkpoint import (
 )
 from mlops.checkpoints.expert_adapters import ExpertLinear, ExpertLinears
 from mlops.checkpoints.files import CheckpointFile, list_files
-from mlops.checkpoints.placement import BaseModules, place
+from mlops.checkpoints.placement import BaseModules
 from mlops.checkpoints.pooling import Pooling, PoolingMode
 from mlops.checkpoints.recognition import recognise
 from mlops.checkpoints.safetensors import SafetensorsHeader, read_header
@@ -47,6 +54,7 @@ __all__ = [
     "CheckpointKind",
     "ExpertLinear",
     "ExpertLinears",
+    "ModuleNames",
     "Part",
     "Pooling",
     "PoolingMode",
@@ -55,8 +63,9 @@ __all__ = [
     "Update",
     "adapter_delta_is_zero",
     "check_adapter_fits",
+    "check_finite",
     "list_files",
-    "place",
     "read_header",
     "recognise",
+    "updates_in_base",
 ]

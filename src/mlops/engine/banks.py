@@ -23,11 +23,11 @@ from mlops.checkpoints import (
     Checkpoint,
     ExpertLinear,
     ExpertLinears,
+    ModuleNames,
     Part,
     Update,
     adapter_delta_is_zero,
-    check_adapter_fits,
-    place,
+    updates_in_base,
 )
 from mlops.counts import count
 from mlops.errors import PackagingError
@@ -117,15 +117,13 @@ class AdapterBanks:
         Any thread may ask.
 
         Raises:
-            PackagingError: it is not an adapter, or the model has no such modules.
+            PackagingError: it is not an adapter, or does not fit the model.
         """
-        updates = self._place(adapter)
+        updates = updates_in_base(adapter, self._base, self._modules)
         rank = _bank_rank(updates)
         num_bytes = 0
         for update in updates:
             num_columns = (update.num_experts or 1) * (update.in_features + update.out_features)
-            if update.place not in self._dtypes:
-                raise self._no_such_module(adapter.path, update.name)
             num_bytes += self._dtypes[update.place].size * rank * num_columns
             if update.key_m is not None:
                 num_bytes += 4 * math.prod(adapter.tensors[update.key_m].shape)
@@ -140,13 +138,12 @@ class AdapterBanks:
             name: what requests call it; for messages.
 
         Raises:
-            PackagingError: it belongs to another base model, a tensor of it would go unused or is
-                not finite, it changes nothing, or the model's code has no place for it.
+            PackagingError: it does not fit the base model, a tensor of it would go unused or is not
+                finite, it changes nothing, or the model's code has no place for it.
         """
         info = _info(adapter)
-        check_adapter_fits(adapter, self._base)
-        updates = self._place(adapter)
-        tensors = self._read(adapter.path, info, updates)
+        updates = updates_in_base(adapter, self._base, self._modules)
+        tensors = self._read(adapter, updates)
         if adapter_delta_is_zero(adapter):
             raise _refusal(
                 f"the adapter {adapter.path} changes nothing: all its B matrices are zero; "
@@ -206,41 +203,23 @@ class AdapterBanks:
         addresses = (Address(rank, position) for position in itertools.count(1))
         return next(address for address in addresses if address not in taken)
 
-    def _place(self, adapter: Checkpoint) -> list[Update]:
-        """What the adapter does to each of the model's modules."""
-        _info(adapter)
-        updates, others = place(adapter, self._base, self._modules, "load_adapter")
-        for module in others:
-            updates.append(Update(module.name, (Part(module),), module.num_experts))
-        return updates
-
-    def _read(
-        self, path: Path, info: AdapterInfo, updates: Iterable[Update]
-    ) -> dict[str, AdapterTensors]:
+    def _read(self, adapter: Checkpoint, updates: Iterable[Update]) -> dict[str, AdapterTensors]:
         """Every module's tensors, checked against the model's layers, not yet evaluated."""
         from mlops.engine.layers import check_tensors
 
-        of_files = _load_tensors(path, info)
-        unused = {(file, key) for file, tensors in of_files.items() for key in tensors}
+        path, of_files = adapter.path, _load_tensors(adapter.path, _info(adapter))
         found = {}
         for update in updates:
-            tensors = _take(of_files, update)
+            found[update.name] = tensors = _take(of_files, update)
             is_output = update.embedding is not None
-            check_tensors(update.name, self._find_base(path, update.place), tensors, is_output)
-            found[update.name] = tensors
-            unused -= {
-                (part.module.file, key)
-                for part in update.parts
-                for key in (part.module.key_a, part.module.key_b, part.module.key_m)
-                if key is not None
-            }
-        if unused:
-            keys = sorted(key for _, key in unused)
+            check_tensors(update.name, self._find_base(update.place), tensors, is_output)
+        # What recognition has seen has its module, or is the same as what has.
+        if unused := sorted(set().union(*of_files.values()) - set(adapter.tensors)):
             raise _refusal(
-                f"the adapter {path} has {count(len(keys), 'tensor')} that nothing uses: "
-                f"{', '.join(keys[:3])}",
+                f"the adapter {path} has {count(len(unused), 'tensor')} that nothing uses: "
+                f"{', '.join(unused[:3])}",
                 path,
-                tensors=keys[:3],
+                tensors=unused[:3],
             )
         return found
 
@@ -268,30 +247,18 @@ class AdapterBanks:
             prepared[name] = written
         return prepared
 
-    def _find_base(self, path: Path, name: str) -> nn.Module:
+    def _find_base(self, name: str) -> nn.Module:
         """The base model's layer of this name."""
         layer = self._layers.get(name)
-        return self._find_place(path, name).layer if layer is None else layer.base
+        return self._find_place(name).layer if layer is None else layer.base
 
-    def _find_place(self, path: Path, name: str) -> _Place:
+    def _find_place(self, name: str) -> _Place:
+        """Where a module of the model sits, by its name there."""
         *parents, key = name.split(".")
         parent: Any = self._model
-        try:
-            for part in parents:
-                parent = _Place(parent, part).layer
-            place = _Place(parent, key)
-            place.layer  # noqa: B018 - the look-up is the check
-        except (AttributeError, IndexError, ValueError) as exc:
-            raise self._no_such_module(path, name) from exc
-        return place
-
-    def _no_such_module(self, path: Path, name: str) -> PackagingError:
-        return _refusal(
-            f"the adapter {path} changes {name}, which the base model {self._base.path} does not "
-            "have: it was trained on another base",
-            path,
-            module=name,
-        )
+        for part in parents:
+            parent = _Place(parent, part).layer
+        return _Place(parent, key)
 
     def _wrap(self, path: Path, updates: Iterable[Update]) -> None:
         """Make the layers that are not yet so able to take adapters. On their own they change
@@ -302,31 +269,31 @@ class AdapterBanks:
                 continue
             if update.embedding is not None:
                 outputs[update.name] = update.embedding
-            elif _is_switch(self._find_base(path, update.name)):
+            elif _is_switch(self._find_base(update.name)):
                 blocks.add(self._block_of(path, update.name))
             else:
                 single.add(update.name)
         single |= set(outputs.values()) - self._layers.keys()
         self._try_out(path, {*single, *blocks, *outputs.values()}, set(outputs.values()))
         for name in single:
-            self._wrap_layer(path, name)
+            self._wrap_layer(name)
         for name in blocks:
-            self._wrap_experts(path, name)
+            self._wrap_experts(name)
         for name, embedding in outputs.items():
             self._layers[name] = cast("BankedEmbedding", self._layers[embedding]).output
 
-    def _wrap_layer(self, path: Path, name: str) -> None:
+    def _wrap_layer(self, name: str) -> None:
         from mlops.engine.layers import make_banked
 
-        place = self._find_place(path, name)
+        place = self._find_place(name)
         layer = make_banked(place.layer, self._in_use)
         place.put(layer)
         self._layers[name] = layer
 
-    def _wrap_experts(self, path: Path, name: str) -> None:
+    def _wrap_experts(self, name: str) -> None:
         from mlops.engine.layers import BankedExperts
 
-        place = self._find_place(path, name)
+        place = self._find_place(name)
         block = BankedExperts(place.layer, self._in_use)
         place.put(block)
         self._layers |= {f"{name}.{key}": linear for key, linear in block.linears.items()}
@@ -335,7 +302,7 @@ class AdapterBanks:
         from mlops.engine.mlx_lm import SwitchGLU, SwitchMLP
 
         block, _, _ = name.rpartition(".")
-        if not isinstance(self._find_place(path, block).layer, SwitchGLU | SwitchMLP):
+        if not isinstance(self._find_place(block).layer, SwitchGLU | SwitchMLP):
             raise _refusal(
                 f"the adapter {path} changes the experts {name}, which are in no block of experts "
                 "that takes adapters; fuse the adapter into its model",
@@ -354,7 +321,7 @@ class AdapterBanks:
             return
         from mlops.engine.witness import Witness, lay_out_forward_pass
 
-        places = {name: self._find_place(path, name) for name in sorted(names)}
+        places = {name: self._find_place(name) for name in sorted(names)}
         witnesses = {name: Witness(place.layer, name in outputs) for name, place in places.items()}
         rows = self._in_use.rows
         try:
@@ -392,16 +359,15 @@ def _modules_of(model: nn.Module) -> BaseModules:
 
     from mlops.engine.layers import weight_columns
 
-    names, embeddings, experts = set(), {}, []
+    names, embeddings, experts = [], {}, []
     for name, layer in model.named_modules():
-        if "weight" in layer:
-            names.add(name)
+        names.append(name)
         if _is_switch(layer):
             dims = (layer.num_experts, layer.output_dims, (layer.input_dims,))
             experts.append(ExpertLinear(name, *dims))
         elif isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
             embeddings[name] = (layer.weight.shape[0], (weight_columns(layer),))
-    return BaseModules(frozenset(names), embeddings, ExpertLinears(experts))
+    return BaseModules(ModuleNames(names), embeddings, ExpertLinears(experts))
 
 
 def _is_switch(layer: nn.Module) -> bool:

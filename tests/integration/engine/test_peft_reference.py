@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pytest
 import tiny_models
 import transformers_forms
 from engines import running, tokens_of
-from mlops.checkpoints import recognise
+from mlops.checkpoints import ModuleNames, recognise
 from mlops.engine import GenerationRequest, load_model
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError
@@ -108,6 +108,32 @@ CASES = {
             "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 32, "q_proj": 2},
         }
     ),
+    "saved-expressions": Case(
+        "qwen3",
+        saved={
+            "target_modules": r".*\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.(up|down)_proj)",
+            "r": 4,
+            "lora_alpha": 8,
+            "rank_pattern": {r"layers\.[1-9]\d*\..*": 2, r".*\.(up|down)_proj": 6},
+            "alpha_pattern": {r"^model\.layers\.0\..*(q|v)_proj": 16, r"mlp\..*?": 3, ".*": 5},
+        },
+    ),
+    "saved-expressions-rslora": Case(
+        saved={
+            "target_modules": ["q_proj", "k_proj", "up_proj"],
+            "use_rslora": True,
+            "r": 4,
+            "rank_pattern": {r"layers\.(0|3)\.self_attn\.\w+": 16},
+            "alpha_pattern": {"(q|k)?_proj|up_proj": 2, r"(?:self_attn\.)k_proj": 32},
+        },
+    ),
+    "saved-mica": Case(saved={"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
+    "saved-orthogonal": Case(
+        saved={"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
+    ),
+    "saved-velora": Case(
+        saved={"target_modules": ["q_proj"], "velora_config": {"num_groups": 4, "scale": 0.5}}
+    ),
     "saved-some-layers": Case(saved={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "saved-lm-head": Case(saved={"target_modules": ["q_proj", "lm_head"]}),
     "saved-embedding": Case(saved={"target_modules": ["q_proj", "embed_tokens"]}),
@@ -178,6 +204,12 @@ REFUSED = {
 
 ALL_CASES = CASES | REFUSED
 
+ARCHITECTURES = (
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "olmoe", "qwen3_moe", "phi3",
+    "seed_oss", "gpt2", "lfm2", "qwen3_next",
+)  # fmt: skip
+"""Those of which torch's names for modules are held against mlx-lm's."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -193,10 +225,23 @@ class Reference:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class References:
+    """What torch said in its one process.
+
+    Attributes:
+        names: shapes of the weights of torch's modules, by architecture and name.
+    """
+
+    cases: dict[str, Reference]
+    names: dict[str, dict[str, list[int]]]
+
+
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+def of_torch(tmp_path_factory: pytest.TempPathFactory) -> References:
     folder = tmp_path_factory.mktemp("references")
-    jobs, ours = [], []
+    jobs: list[dict[str, Any]] = []
+    ours: list[tuple[Path, Path | None]] = []
     for case in ALL_CASES.values():
         base, theirs = write_base(folder, case)
         adapter = None
@@ -221,6 +266,11 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
                 "max_tokens": MAX_TOKENS,
             }
         )
+    for architecture in ARCHITECTURES:
+        base = folder / architecture
+        if not base.exists():
+            tiny_models.write_language_model(base, architecture=architecture)
+        jobs.append({"names_of": str(base)})
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     script = Path(__file__).with_name("peft_reference.py")
     done = subprocess.run(
@@ -234,7 +284,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = np.load(folder / "results.npz")
-    return {
+    cases = {
         name: Reference(
             *ours[number],
             results[f"logits-{number}"],
@@ -242,6 +292,16 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         )
         for number, name in enumerate(ALL_CASES)
     }
+    names = {
+        architecture: json.loads(str(results[f"names-{number}"]))
+        for number, architecture in enumerate(ARCHITECTURES, start=len(cases))
+    }
+    return References(cases, names)
+
+
+@pytest.fixture
+def references(of_torch: References) -> dict[str, Reference]:
+    return of_torch.cases
 
 
 def write_base(folder: Path, case: Case) -> tuple[Path, Path]:
@@ -430,3 +490,65 @@ def test_what_would_not_compute_the_same_is_refused(
 ) -> None:
     with pytest.raises(PackagingError, match=reason):
         our_logits(references[reason].base, references[reason].adapter, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "middle"),
+    [
+        ("", "default."),
+        ("base_model.model.", "my_adapter."),
+        ("module.base_model.model._orig_mod.", ""),
+        ("base_model.model.model.language_", ""),
+        ("base_model.model._fsdp_wrapped_module.", "default."),
+    ],
+)
+def test_other_names_for_the_same_modules_compute_the_same(
+    references: dict[str, Reference], tmp_path: Path, prefix: str, middle: str
+) -> None:
+    """As raw state dicts, wrappers and multimodal models spell what PEFT has saved."""
+    reference = references["saved-expressions"]
+    assert reference.adapter is not None
+
+    def rename(name: str) -> str:
+        module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        return f"{prefix}{module}.lora_{rest.replace('.weight', f'.{middle}weight')}"
+
+    adapter = rewritten(reference.adapter, tmp_path / "adapter", rename)
+    ours = our_logits(reference.base, adapter, PROMPT)
+    np.testing.assert_allclose(ours, reference.logits, atol=1e-4, rtol=1e-4)
+
+
+def rewritten(adapter: Path, folder: Path, rename: Callable[[str], str]) -> Path:
+    """A copy of a PEFT adapter with other names for its tensors."""
+    import mlx.core as mx
+
+    shutil.copytree(adapter, folder)
+    weights = folder / "adapter_model.safetensors"
+    tensors = {rename(name): array + 0 for name, array in mx.load(str(weights)).items()}
+    mx.eval(tensors)
+    mx.save_safetensors(str(weights), tensors)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_torchs_names_find_mlx_lms_modules(of_torch: References, architecture: str) -> None:
+    """Every linear and embedding of torch's model, and its weight has the same shape there."""
+    from mlops.engine.mlx_lm import find_model_classes
+
+    def shapes() -> dict[str, tuple[int, ...]]:
+        config = tiny_models._config(architecture, 32, 2, tiny_models.vocabulary_size(), False)
+        model_class, args_class = find_model_classes(config)
+        modules = model_class(args_class.from_dict(config)).named_modules()
+        return {name: layer.weight.shape if "weight" in layer else () for name, layer in modules}
+
+    modules = run_in_owner(shapes)
+    names = ModuleNames(modules)
+    theirs = of_torch.names[architecture]
+    assert len(theirs) > 8
+    for name, shape in theirs.items():
+        found = names.find(f"base_model.model.{name}")
+        if found is None:  # tied, though its configuration does not say so
+            assert name == "lm_head"
+            assert "output layer is its embedding" in names.why_not(name)
+        else:
+            assert modules[found] in (tuple(shape), tuple(reversed(shape))), name
