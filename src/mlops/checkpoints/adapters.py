@@ -229,7 +229,7 @@ def _no_part(source: _Tensors, strangers: list[str]) -> Exception:
     hint = ""
     if other(first) is not None and len(strangers) == len(source.tensors):
         hint = f"; they have the names of the format whose file is called {file}"
-    elif first.endswith("lora_magnitude_vector.weight") or first.endswith((".m", "vector")):
+    elif (key := source.split_key(first)) is not None and key.part == "m":
         hint = f"; they are DoRA's, and {CONFIG} does not say that the adapter is one"
     elif ".base_layer." in first:
         hint = (

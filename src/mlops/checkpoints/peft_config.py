@@ -25,7 +25,7 @@ HONOURED = frozenset({
 REFUSED_WHEN_SET = frozenset({
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
     "megatron_config", "monteclora_config", "trainable_token_indices",
-    "use_bdlora", "use_qalora",
+    "use_bdlora", "use_qalora", "velora_config",
 })  # fmt: skip
 """Settings that make an adapter more than a low-rank update of named modules."""
 
@@ -35,7 +35,7 @@ WITHOUT_EFFECT = frozenset({
     "target_modules",
     # How it was trained or begun; `init_lora_weights` says whether the base was changed with it.
     "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
-    "lora_ga_config", "runtime_config", "velora_config",
+    "lora_ga_config", "runtime_config",
     # How the base stores its weights, not what the update is.
     "fan_in_fan_out",
     # Parts of settings that are refused themselves.

@@ -4,8 +4,8 @@ Reads a JSON list of jobs: `base` (a folder), `prompt` (token ids), `max_tokens`
 (a folder, or null), `save` (null for an adapter that is there, or the fields of the `LoraConfig` of
 one that PEFT is to make, fill with random numbers and save) and `save_embedding_layers`. Writes
 `logits-N` (tokens, vocabulary), float32, and `tokens-N`, which greedy decoding adds, of every job
-into one `.npz`. A job with `names_of` (a folder with a `config.json`) has only `names-N`: the modules
-of torch's model that LoRA can change, as JSON, by name with the shape of their weight.
+into one `.npz`. A job with `names_of` (a folder with a `config.json`) has only `names-N`, JSON: the
+modules of torch's model that LoRA can change, by name, with the shape of their weight.
 
 Usage: peft_reference.py JOBS.json RESULTS.npz
 """

@@ -114,7 +114,7 @@ CASES = {
             "target_modules": r".*\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.(up|down)_proj)",
             "r": 4,
             "lora_alpha": 8,
-            "rank_pattern": {r"layers\.[1-9]\d*\..*": 2, r".*\.(up|down)_proj": 6},
+            "rank_pattern": {r"layers\.[1-9]\d*\.self.*": 2, r".*\.(up|down)_proj": 6},
             "alpha_pattern": {r"^model\.layers\.0\..*(q|v)_proj": 16, r"mlp\..*?": 3, ".*": 5},
         },
     ),
@@ -130,9 +130,6 @@ CASES = {
     "saved-mica": Case(saved={"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
     "saved-orthogonal": Case(
         saved={"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
-    ),
-    "saved-velora": Case(
-        saved={"target_modules": ["q_proj"], "velora_config": {"num_groups": 4, "scale": 0.5}}
     ),
     "saved-some-layers": Case(saved={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "saved-lm-head": Case(saved={"target_modules": ["q_proj", "lm_head"]}),
@@ -198,6 +195,9 @@ REFUSED = {
     ),
     "modules_to_save": Case(saved={"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "has bias": Case("qwen2", saved={"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "velora_config": Case(
+        saved={"target_modules": ["q_proj"], "velora_config": {"num_groups": 4, "scale": 0.5}}
+    ),
     "init_lora_weights": Case(saved={"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
 }
 """By what the error says."""

@@ -263,6 +263,47 @@ def test_a_and_b_must_pair_up(tmp_path: Path, shapes: Any, part: str) -> None:
     refused(mlx_adapter(tmp_path, shapes), part)
 
 
+@pytest.mark.parametrize("empty", [(0,), (0, 8), (4, 0), (0, 0)])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_tensors_that_were_not_gathered(tmp_path: Path, part: str, empty: tuple[int, ...]) -> None:
+    """As DeepSpeed's ZeRO-3 leaves them in an adapter that was saved from one device."""
+    shapes = PEFT_TENSORS | {f"{PEFT_Q}.lora_{part}.weight": empty}
+    error = refused(
+        peft_adapter(tmp_path, shapes),
+        "holds tensors without values",
+        "ZeRO-3",
+        "stage3_gather_16bit_weights_on_model_save",
+        "zero_to_fp32.py",
+    )
+    assert error.details["tensors"] == [f"{PEFT_Q}.lora_{part}.weight"]
+
+
+@pytest.mark.parametrize(
+    ("strangers", "hint"),
+    [
+        ([f"{PEFT_Q}.lora_B.bias"], "biases are not supported"),
+        (["base_model.model.model.embed_tokens.base_layer.weight"], "save_embedding_layers=False"),
+        (["base_model.model.lm_head.weight"], "they are whole weights"),
+        ([f"{PEFT_Q}.lora_magnitude_vector"], "does not say that the adapter is one"),
+    ],
+)
+def test_tensors_that_are_no_part_of_a_lora_are_called_what_they_are(
+    tmp_path: Path, strangers: list[str], hint: str
+) -> None:
+    tensors = PEFT_TENSORS | dict.fromkeys(strangers, (6,))
+    refused(peft_adapter(tmp_path, tensors), "no part of a LoRA", hint)
+
+
+def test_the_other_formats_names_and_those_of_early_mlx_vlm(tmp_path: Path) -> None:
+    refused(mlx_adapter(tmp_path / "a", PEFT_TENSORS), "called adapter_model.safetensors")
+    refused(peft_adapter(tmp_path / "b", MLX_TENSORS), "called adapters.safetensors")
+    early = {
+        f"language_model.{Q}.{part}": shape
+        for part, shape in zip("AB", [(8, 4), (4, 6)], strict=True)
+    }
+    refused(mlx_adapter(tmp_path / "c", early), "early versions of mlx-vlm")
+
+
 def test_dora_needs_its_magnitudes(tmp_path: Path) -> None:
     refused(mlx_adapter(tmp_path / "a", fine_tune_type="dora"), "has no magnitude")
     wrong = MLX_TENSORS | {f"{Q}.m": (5,)}
