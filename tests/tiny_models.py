@@ -42,7 +42,7 @@ def write_language_model(
 
     Args:
         architecture: a `model_type` that mlx-lm has: llama, qwen2, qwen3, gemma2, gemma3_text,
-            mixtral, olmoe, qwen3_moe, phi3, seed_oss, gpt2; sliding windows of 8 tokens:
+            mixtral, olmoe, qwen3_moe, gpt_oss, phi3, seed_oss, gpt2; sliding windows of 8 tokens:
             gemma3_text; state-space and hybrid: mamba2, lfm2, qwen3_next.
         hidden: hidden size, a multiple of 32.
         vocab: rows of the embedding; by default as many as the tokenizer has tokens.
@@ -335,6 +335,13 @@ def _further_fields(architecture: str, hidden: int) -> dict[str, Any]:
             "mlp_only_layers": [],
             "moe_intermediate_size": hidden,
             "norm_topk_prob": True,
+        }
+    if architecture == "gpt_oss":
+        return {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "layer_types": ["sliding_attention", "full_attention"],
         }
     if architecture == "mamba2":
         return {

@@ -4,7 +4,14 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
     recognition     what is at a path: asks the modules below, in turn
     language_model  config.json and model*.safetensors, as mlx-lm loads them
-    adapters        LoRA and DoRA adapters of mlx-lm and PEFT; do they fit a base model
+    adapters        LoRA and DoRA adapters of mlx-lm and PEFT
+    adapter_fit     do they fit a base model
+    adapter_names   what the base model calls a module, whoever wrote its name
+    adapter_values  what their bytes show: all zeros, NaN
+    placement       where in a model the tensors of an adapter go
+    expert_adapters adapters of a mixture's experts, in each form that they have
+    peft_config     what PEFT's configuration says of an adapter
+    peft_patterns   its regular expressions
     other_formats   PyTorch, ONNX, Core ML and MLX function files
     consistency     does config.json describe these tensors
     quantization    how weights are quantized, and whether mlx-lm computes with them
@@ -20,15 +27,21 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
 from __future__ import annotations
 
-from mlops.checkpoints.adapters import adapter_delta_is_zero, check_adapter_fits
+from mlops.checkpoints.adapter_fit import check_adapter_fits, updates_in_base
+from mlops.checkpoints.adapter_names import ModuleNames
+from mlops.checkpoints.adapter_values import adapter_delta_is_zero, check_finite
 from mlops.checkpoints.checkpoint import (
     AdapterInfo,
     AdapterModule,
     Checkpoint,
     CheckpointKind,
+    Part,
     TensorInfo,
+    Update,
 )
+from mlops.checkpoints.expert_adapters import ExpertLinear, ExpertLinears
 from mlops.checkpoints.files import CheckpointFile, list_files
+from mlops.checkpoints.placement import BaseModules
 from mlops.checkpoints.pooling import Pooling, PoolingMode
 from mlops.checkpoints.quantization import describe_quantization
 from mlops.checkpoints.recognition import recognise
@@ -37,17 +50,25 @@ from mlops.checkpoints.safetensors import SafetensorsHeader, read_header
 __all__ = [
     "AdapterInfo",
     "AdapterModule",
+    "BaseModules",
     "Checkpoint",
     "CheckpointFile",
     "CheckpointKind",
+    "ExpertLinear",
+    "ExpertLinears",
+    "ModuleNames",
+    "Part",
     "Pooling",
     "PoolingMode",
     "SafetensorsHeader",
     "TensorInfo",
+    "Update",
     "adapter_delta_is_zero",
     "check_adapter_fits",
+    "check_finite",
     "describe_quantization",
     "list_files",
     "read_header",
     "recognise",
+    "updates_in_base",
 ]

@@ -65,6 +65,9 @@ class AdapterModule:
         transposed: the tensors are stored as A `(rank, in)` and B `(out, rank)`; with
             `num_experts`, as `(num_experts, rank, in)` and `(num_experts, out, rank)`.
         num_experts: for the stacked experts of a mixture, else None.
+        is_side_by_side: the experts' matrices are not stacked but lie side by side, as PEFT has
+            them: A `(num_experts * rank, in)`, an expert after the other, and B
+            `(out, rank * num_experts)`, all experts for each of the rank.
     """
 
     name: str
@@ -78,6 +81,66 @@ class AdapterModule:
     in_features: int
     out_features: int
     num_experts: int | None = None
+    is_side_by_side: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the tensors of one `AdapterModule` are for one module of mlx-lm's model.
+
+    Attributes:
+        expert: whose they are, among stacked experts; None: all of theirs, or there are none.
+        outputs: which of the values that they give are this module's; None: all.
+        is_reversed: A has the outputs and B the inputs.
+    """
+
+    module: AdapterModule
+    expert: int | None = None
+    outputs: slice | None = None
+    is_reversed: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that an adapter does to one module of mlx-lm's model.
+
+    Attributes:
+        name: of the module; for a tied output layer what the adapter calls it.
+        parts: one, unless experts have tensors of their own.
+        num_experts: of the module, when it holds stacked experts, else None.
+        embedding: name of the embedding that is used as this output layer, else None.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    num_experts: int | None = None
+    embedding: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Name of the layer in the model."""
+        return self.name if self.embedding is None else self.embedding
+
+    @property
+    def rank(self) -> int:
+        """The highest of any part."""
+        return max(part.module.rank for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        part = self.parts[0]
+        return part.module.out_features if part.is_reversed else part.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        part = self.parts[0]
+        num_out = part.module.in_features if part.is_reversed else part.module.out_features
+        return len(range(num_out)[part.outputs or slice(None)])
+
+    @property
+    def key_m(self) -> str | None:
+        """Name of DoRA's magnitude, or None."""
+        return self.parts[0].module.key_m
 
 
 @dataclass(frozen=True)

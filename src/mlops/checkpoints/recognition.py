@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from mlops.checkpoints.adapters import CONFIG, MLX_LM_WEIGHTS, PEFT_WEIGHTS, recognise_adapter
+from mlops.checkpoints.adapters import MLX_LM_WEIGHTS, PEFT_WEIGHTS, recognise_adapter
 from mlops.checkpoints.checkpoint import Checkpoint
 from mlops.checkpoints.files import PICKLE_SUFFIXES, CheckpointFile, list_files, read_json
 from mlops.checkpoints.language_model import recognise_language_model
 from mlops.checkpoints.other_formats import FORMATS, recognise_other
+from mlops.checkpoints.peft_config import CONFIG
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.hardware.home import expand
 

@@ -19,10 +19,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mlops.checkpoints import (
     AdapterInfo,
-    AdapterModule,
+    BaseModules,
     Checkpoint,
+    ExpertLinear,
+    ExpertLinears,
+    ModuleNames,
+    Part,
+    Update,
     adapter_delta_is_zero,
-    check_adapter_fits,
+    updates_in_base,
 )
 from mlops.counts import count
 from mlops.errors import PackagingError
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
         AdapterTensors,
         Address,
         Banked,
+        BankedEmbedding,
         PositionTensors,
         RowSlots,
     )
@@ -86,6 +92,7 @@ class AdapterBanks:
 
         self._model = model
         self._base = base
+        self._modules = _modules_of(model)
         self._dtypes: dict[str, mx.Dtype] = {
             name: mx.float32 if device == "cpu" else compute_dtype(layer)
             for name, layer in model.named_modules()
@@ -110,35 +117,33 @@ class AdapterBanks:
         Any thread may ask.
 
         Raises:
-            PackagingError: it is not an adapter, or the model has no such modules.
+            PackagingError: it is not an adapter, or does not fit the model.
         """
-        info = _info(adapter)
-        rank = padded_rank(info.rank)
+        updates = updates_in_base(adapter, self._base, self._modules)
+        rank = _bank_rank(updates)
         num_bytes = 0
-        for module in info.modules.values():
-            num_columns = (module.num_experts or 1) * (module.in_features + module.out_features)
-            if module.name not in self._dtypes:
-                raise self._no_such_module(adapter.path, module.name)
-            num_bytes += self._dtypes[module.name].size * rank * num_columns
-            if module.key_m is not None:
-                num_bytes += 4 * math.prod(adapter.tensors[module.key_m].shape)
+        for update in updates:
+            num_columns = (update.num_experts or 1) * (update.in_features + update.out_features)
+            num_bytes += self._dtypes[update.place].size * rank * num_columns
+            if update.key_m is not None:
+                num_bytes += 4 * math.prod(adapter.tensors[update.key_m].shape)
         return num_bytes
 
-    def check(self, adapter: Checkpoint) -> dict[str, AdapterTensors]:
+    def check(self, adapter: Checkpoint) -> tuple[list[Update], dict[str, AdapterTensors]]:
         """Check all but values: every tensor has its place in the model, and the model uses it.
 
         Returns:
-            Each module's tensors, not evaluated. The layers have room for adapters from now on.
+            What the adapter does to each module, and the tensors for it by the update's name, not
+            evaluated. The layers have room for adapters from now on.
 
         Raises:
-            PackagingError: it belongs to another base model, a tensor of it would go unused, or
-                the model's code has no place for it.
+            PackagingError: it does not fit the base model, a tensor of it would go unused, or the
+                model's code has no place for it.
         """
-        info = _info(adapter)
-        check_adapter_fits(adapter, self._base)
-        tensors = self._read(adapter.path, info)
-        self._wrap(adapter.path, tensors)
-        return tensors
+        updates = updates_in_base(adapter, self._base, self._modules)
+        tensors = self._read(adapter, updates)
+        self._wrap(adapter.path, updates)
+        return updates, tensors
 
     def load(self, name: str, adapter: Checkpoint) -> int:
         """Read an adapter's tensors into the banks; returns its slot, 1 or more.
@@ -149,11 +154,11 @@ class AdapterBanks:
             name: what requests call it; for messages.
 
         Raises:
-            PackagingError: it belongs to another base model, a tensor of it would go unused or is
-                not finite, it changes nothing, or the model's code has no place for it.
+            PackagingError: it does not fit the base model, a tensor of it would go unused or is not
+                finite, it changes nothing, or the model's code has no place for it.
         """
         info = _info(adapter)
-        tensors = self.check(adapter)
+        updates, tensors = self.check(adapter)
         if adapter_delta_is_zero(adapter):
             raise _refusal(
                 f"the adapter {adapter.path} changes nothing: all its B matrices are zero; "
@@ -161,8 +166,8 @@ class AdapterBanks:
                 adapter.path,
                 adapter=name,
             )
-        rank = padded_rank(info.rank)
-        prepared = self._prepare(adapter.path, rank, tensors)
+        rank = _bank_rank(updates)
+        prepared = self._prepare(adapter.path, rank, updates, tensors)
         address = self._free_address(rank)
         for module, written in prepared.items():
             self._layers[module].banks.write(rank, address.position, written)
@@ -212,16 +217,18 @@ class AdapterBanks:
         addresses = (Address(rank, position) for position in itertools.count(1))
         return next(address for address in addresses if address not in taken)
 
-    def _read(self, path: Path, info: AdapterInfo) -> dict[str, AdapterTensors]:
+    def _read(self, adapter: Checkpoint, updates: Iterable[Update]) -> dict[str, AdapterTensors]:
         """Every module's tensors, checked against the model's layers, not yet evaluated."""
         from mlops.engine.layers import check_tensors
 
-        of_files = _load_tensors(path, info)
+        path, of_files = adapter.path, _load_tensors(adapter.path, _info(adapter))
         found = {}
-        for module in info.modules.values():
-            found[module.name] = _take(of_files, module)
-            check_tensors(module.name, self._find_base(path, module.name), found[module.name])
-        if unused := sorted(set().union(*of_files.values())):
+        for update in updates:
+            found[update.name] = tensors = _take(of_files, update)
+            is_output = update.embedding is not None
+            check_tensors(update.name, self._find_base(update.place), tensors, is_output)
+        # What recognition has seen has its module, or is the same as what has.
+        if unused := sorted(set().union(*of_files.values()) - set(adapter.tensors)):
             raise _refusal(
                 f"the adapter {path} has {count(len(unused), 'tensor')} that nothing uses: "
                 f"{', '.join(unused[:3])}",
@@ -231,14 +238,19 @@ class AdapterBanks:
         return found
 
     def _prepare(
-        self, path: Path, rank: int, tensors: Mapping[str, AdapterTensors]
+        self,
+        path: Path,
+        rank: int,
+        updates: Iterable[Update],
+        tensors: Mapping[str, AdapterTensors],
     ) -> dict[str, PositionTensors]:
         """What is written for each module, evaluated, so that nothing can fail halfway."""
         import mlx.core as mx
 
         prepared = {}
-        for name, own in tensors.items():
-            written = self._layers[name].prepare(own, rank, self._dtypes[name])
+        for update in updates:
+            name, dtype = update.name, self._dtypes[update.place]
+            written = self._layers[name].prepare(tensors[name], rank, dtype)
             if not all(mx.isfinite(array).all().item() for array in written.arrays):
                 raise _refusal(
                     f"the adapter {path} has values for {name} that are not finite, or too large "
@@ -249,61 +261,62 @@ class AdapterBanks:
             prepared[name] = written
         return prepared
 
-    def _find_base(self, path: Path, name: str) -> nn.Module:
+    def _find_base(self, name: str) -> nn.Module:
         """The base model's layer of this name."""
         layer = self._layers.get(name)
-        return self._find_place(path, name).layer if layer is None else layer.base
+        return self._find_place(name).layer if layer is None else layer.base
 
-    def _find_place(self, path: Path, name: str) -> _Place:
+    def _find_place(self, name: str) -> _Place:
+        """Where a module of the model sits, by its name there."""
         *parents, key = name.split(".")
         parent: Any = self._model
-        try:
-            for part in parents:
-                parent = _Place(parent, part).layer
-            place = _Place(parent, key)
-            place.layer  # noqa: B018 - the look-up is the check
-        except (AttributeError, IndexError, ValueError) as exc:
-            raise self._no_such_module(path, name) from exc
-        return place
+        for part in parents:
+            parent = _Place(parent, part).layer
+        return _Place(parent, key)
 
-    def _no_such_module(self, path: Path, name: str) -> PackagingError:
-        return _refusal(
-            f"the adapter {path} changes {name}, which the base model {self._base.path} does not "
-            "have: it was trained on another base",
-            path,
-            module=name,
-        )
-
-    def _wrap(self, path: Path, names: Iterable[str]) -> None:
+    def _wrap(self, path: Path, updates: Iterable[Update]) -> None:
         """Make the layers that are not yet so able to take adapters. On their own they change
         nothing, so they stay when the adapter is refused later."""
-        from mlops.engine.layers import BankedExperts, make_banked
-
-        blocks, single = set(), []
-        for name in names:
-            if name in self._layers:
+        blocks, single, outputs = set(), set(), {}
+        for update in updates:
+            if update.name in self._layers:
                 continue
-            if _is_switch(self._find_base(path, name)):
-                blocks.add(self._block_of(path, name))
+            if update.embedding is not None:
+                outputs[update.name] = update.embedding
+            elif _is_switch(self._find_base(update.name)):
+                blocks.add(self._block_of(path, update.name))
             else:
-                single.append(name)
-        self._try_out(path, {*single, *blocks})
+                single.add(update.name)
+        single |= set(outputs.values()) - self._layers.keys()
+        self._try_out(path, {*single, *blocks, *outputs.values()}, set(outputs.values()))
         for name in single:
-            place = self._find_place(path, name)
-            layer = make_banked(place.layer, self._in_use)
-            place.put(layer)
-            self._layers[name] = layer
+            self._wrap_layer(name)
         for name in blocks:
-            place = self._find_place(path, name)
-            block = BankedExperts(place.layer, self._in_use)
-            place.put(block)
-            self._layers |= {f"{name}.{key}": linear for key, linear in block.linears.items()}
+            self._wrap_experts(name)
+        for name, embedding in outputs.items():
+            self._layers[name] = cast("BankedEmbedding", self._layers[embedding]).output
+
+    def _wrap_layer(self, name: str) -> None:
+        from mlops.engine.layers import make_banked
+
+        place = self._find_place(name)
+        layer = make_banked(place.layer, self._in_use)
+        place.put(layer)
+        self._layers[name] = layer
+
+    def _wrap_experts(self, name: str) -> None:
+        from mlops.engine.layers import BankedExperts
+
+        place = self._find_place(name)
+        block = BankedExperts(place.layer, self._in_use)
+        place.put(block)
+        self._layers |= {f"{name}.{key}": linear for key, linear in block.linears.items()}
 
     def _block_of(self, path: Path, name: str) -> str:
         from mlops.engine.mlx_lm import SwitchGLU, SwitchMLP
 
         block, _, _ = name.rpartition(".")
-        if not isinstance(self._find_place(path, block).layer, SwitchGLU | SwitchMLP):
+        if not isinstance(self._find_place(block).layer, SwitchGLU | SwitchMLP):
             raise _refusal(
                 f"the adapter {path} changes the experts {name}, which are in no block of experts "
                 "that takes adapters; fuse the adapter into its model",
@@ -312,8 +325,9 @@ class AdapterBanks:
             )
         return block
 
-    def _try_out(self, path: Path, names: Collection[str]) -> None:
-        """Refuse layers that the model uses in a way which adapters cannot follow.
+    def _try_out(self, path: Path, names: Collection[str], outputs: Collection[str]) -> None:
+        """Refuse layers that the model uses in a way which adapters cannot follow, and `outputs`
+        that it doesn't use as its output layer.
 
         A forward pass is laid out with witnesses in their places; lazily, so nothing is computed.
         """
@@ -321,8 +335,8 @@ class AdapterBanks:
             return
         from mlops.engine.witness import Witness, lay_out_forward_pass
 
-        places = {name: self._find_place(path, name) for name in sorted(names)}
-        witnesses = {name: Witness(place.layer) for name, place in places.items()}
+        places = {name: self._find_place(name) for name in sorted(names)}
+        witnesses = {name: Witness(place.layer, name in outputs) for name, place in places.items()}
         rows = self._in_use.rows
         try:
             self._in_use.rows = None
@@ -348,6 +362,28 @@ def padded_rank(rank: int) -> int:
     return max(SMALLEST_RANK, 1 << (rank - 1).bit_length())
 
 
+def _bank_rank(updates: Iterable[Update]) -> int:
+    """The rank of the bank for an adapter that consists of these."""
+    return padded_rank(max(update.rank for update in updates))
+
+
+def _modules_of(model: nn.Module) -> BaseModules:
+    """What adapters of this model may change."""
+    from mlx import nn
+
+    from mlops.engine.layers import weight_columns
+
+    names, embeddings, experts = [], {}, []
+    for name, layer in model.named_modules():
+        names.append(name)
+        if _is_switch(layer):
+            dims = (layer.num_experts, layer.output_dims, (layer.input_dims,))
+            experts.append(ExpertLinear(name, *dims))
+        elif isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+            embeddings[name] = (layer.weight.shape[0], (weight_columns(layer),))
+    return BaseModules(ModuleNames(names), embeddings, ExpertLinears(experts))
+
+
 def _is_switch(layer: nn.Module) -> bool:
     from mlops.engine.mlx_lm import QuantizedSwitchLinear, SwitchLinear
 
@@ -370,21 +406,48 @@ def _load_tensors(path: Path, info: AdapterInfo) -> dict[Path, dict[str, mx.arra
         raise _refusal(f"the adapter {path} cannot be read: {exc}", path) from exc
 
 
-def _take(tensors: Mapping[Path, dict[str, mx.array]], module: AdapterModule) -> AdapterTensors:
-    """Take one module's tensors out of those of its file."""
+def _take(tensors: Mapping[Path, Mapping[str, mx.array]], update: Update) -> AdapterTensors:
+    """One module's tensors out of those of their files."""
     import mlx.core as mx
 
     from mlops.engine.layers import AdapterTensors
 
-    of_file = tensors[module.file]
-    a = of_file.pop(module.key_a).astype(mx.float32)
-    b = of_file.pop(module.key_b).astype(mx.float32) * module.scale
-    magnitude = None
-    if module.key_m is not None:
-        magnitude = of_file.pop(module.key_m).astype(mx.float32).reshape(-1)
-    if module.transposed and module.num_experts is None:
+    of_parts = [_take_part(tensors[part.module.file], part) for part in update.parts]
+    if update.parts[0].expert is None:
+        (a, b), magnitude = of_parts[0], None
+        if update.key_m is not None:
+            of_file = tensors[update.parts[0].module.file]
+            magnitude = of_file[update.key_m].astype(mx.float32).reshape(-1)
+        return AdapterTensors(a, b, magnitude)
+    own = {part.expert: matrices for part, matrices in zip(update.parts, of_parts, strict=True)}
+    absent = (mx.zeros((0, update.in_features)), mx.zeros((update.out_features, 0)))
+    stacks: tuple[list[mx.array], list[mx.array]] = [], []
+    for expert in range(update.num_experts or 0):
+        a, b = own.get(expert, absent)
+        stacks[0].append(mx.pad(a, [(0, update.rank - a.shape[0]), (0, 0)]))
+        stacks[1].append(mx.pad(b, [(0, 0), (0, update.rank - b.shape[1])]))
+    return AdapterTensors(mx.stack(stacks[0]), mx.stack(stacks[1]))
+
+
+def _take_part(tensors: Mapping[str, mx.array], part: Part) -> tuple[mx.array, mx.array]:
+    """A and B of one part, float32 and with the scale in B: (in, rank) and (rank, out), or as
+    stacked experts have them, (experts, rank, in) and (experts, out, rank); one expert's without
+    their first axis."""
+    import mlx.core as mx
+
+    module = part.module
+    a = tensors[module.key_a].astype(mx.float32)
+    b = tensors[module.key_b].astype(mx.float32) * module.scale
+    if module.is_side_by_side:
+        a = a.reshape(module.num_experts, module.rank, -1)
+        b = b.reshape(-1, module.rank, module.num_experts).transpose(2, 0, 1)
+        if part.is_reversed:
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    elif module.num_experts is None and module.transposed == (part.expert is None):
         a, b = a.T, b.T
-    return AdapterTensors(a, b, magnitude)
+    if part.outputs is not None:
+        b = b[..., part.outputs, :]
+    return a, b
 
 
 def _refusal(message: str, path: Path, **details: Any) -> PackagingError:

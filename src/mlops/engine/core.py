@@ -32,7 +32,7 @@ from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
-from mlops.checkpoints import Checkpoint, check_adapter_fits
+from mlops.checkpoints import Checkpoint
 from mlops.counts import count
 from mlops.engine import kv
 from mlops.engine.adapter_loading import AdapterLoader, Asking
@@ -229,10 +229,9 @@ class Engine:
             is_pinned: once loaded it stays.
 
         Raises:
-            PackagingError: it is not an adapter, or belongs to another base model.
+            PackagingError: it is not an adapter, or does not fit the base model.
             EngineError: the name cannot be used.
         """
-        check_adapter_fits(checkpoint, self.loaded.checkpoint)
         self.adapters.register(
             name,
             checkpoint,

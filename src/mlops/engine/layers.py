@@ -287,7 +287,10 @@ class BankedLinear(Banked):
     """A linear layer."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
+        return self.add(self.base(x), x)
+
+    def add(self, y: mx.array, x: mx.array) -> mx.array:
+        """What the base layer makes of x, y, with each row's own adapter."""
         for selected in self.in_use.select(self.banks):
             bank = selected.bank
             factors = (bank.a.swapaxes(-1, -2), bank.b.swapaxes(-1, -2))
@@ -307,7 +310,15 @@ class BankedLinear(Banked):
 
 
 class BankedEmbedding(Banked):
-    """An embedding; `as_linear` serves tied output layers."""
+    """An embedding; `as_linear` serves tied output layers.
+
+    Attributes:
+        output: it as an output layer, for adapters that change that and nothing else.
+    """
+
+    def __init__(self, base: nn.Module, in_use: InUse) -> None:
+        super().__init__(base, in_use)
+        self.output = BankedLinear(base, in_use)
 
     def __call__(self, ids: mx.array) -> mx.array:
         y = self.base(ids)
@@ -329,7 +340,7 @@ class BankedEmbedding(Banked):
             y = _add_delta(y, x, (bank.b, bank.a.swapaxes(-1, -2)), selected.indices)
             if selected.excess is not None:
                 y = y + _times_row(y, selected.excess[selected.indices])
-        return y
+        return self.output.add(y, x)
 
     def prepare(self, tensors: AdapterTensors, rank: int, dtype: mx.Dtype) -> PositionTensors:
         return PositionTensors(
@@ -468,8 +479,13 @@ def _dora_excess(
     return tensors.magnitude / mx.linalg.norm(dequantized_weight(base) + delta(), axis=1) - 1
 
 
-def check_tensors(name: str, base: nn.Module, tensors: AdapterTensors) -> None:
+def check_tensors(
+    name: str, base: nn.Module, tensors: AdapterTensors, is_output: bool = False
+) -> None:
     """Check that a layer of the base model can take an adapter's tensors.
+
+    Args:
+        is_output: they change what an embedding does as the output layer.
 
     Raises:
         PackagingError: the layer is of a kind that takes no adapter, or the shapes differ.
@@ -486,7 +502,7 @@ def check_tensors(name: str, base: nn.Module, tensors: AdapterTensors) -> None:
         raise _refusal(name, f"tensors for {name}, a {type(base).__name__}, which takes no adapter")
     else:
         num_weights, num_columns = base.weight.shape[0], weight_columns(base)
-        is_linear = isinstance(base, nn.Linear | nn.QuantizedLinear)
+        is_linear = is_output or isinstance(base, nn.Linear | nn.QuantizedLinear)
         num_in, num_out = (num_columns, num_weights) if is_linear else (num_weights, num_columns)
         expected = ((num_in, rank), (rank, num_out))
     found = (tensors.a.shape, tensors.b.shape)

@@ -23,11 +23,17 @@ NUM_TOKENS = 3
 
 
 class Witness(nn.Module):
-    """Stands in for a layer during one forward pass, and notes how it is used."""
+    """Stands in for a layer during one forward pass, and notes how it is used.
 
-    def __init__(self, base: nn.Module) -> None:
+    Args:
+        base: the layer.
+        must_be_output: an embedding that should be the output layer as well.
+    """
+
+    def __init__(self, base: nn.Module, must_be_output: bool = False) -> None:
         super().__init__()
         self.base = base
+        self.must_be_output = must_be_output
         self.shapes = set[tuple[int, ...]]()
         self.is_called = self.is_output = self.is_weight_read = False
 
@@ -54,10 +60,12 @@ class Witness(nn.Module):
     def problem(self, num_rows: int, num_tokens: int) -> str | None:
         """Why an adapter cannot work here, or None. A layer that is not used is none: it happens
         (layers that share others' keys and values), and an adapter has nothing to change there."""
-        is_embedding = isinstance(self.base, nn.Embedding | nn.QuantizedEmbedding)
+        is_embedding = hasattr(self.base, "as_linear")
         is_used = self.is_output if is_embedding else self.is_called
         if self.is_weight_read and not is_used:
             return "reads its weight past the adapter"
+        if self.must_be_output and not self.is_output:
+            return "has no output layer that is tied to it"
         for shape in self.shapes:
             is_flat = len(shape) == 2 and shape[0] == num_rows * num_tokens
             if len(shape) < 2 or not (shape[0] == num_rows or is_flat):

@@ -91,11 +91,33 @@ def test_a_peft_adapter(tmp_path: Path) -> None:
     assert (module.in_features, module.out_features, module.transposed) == (8, 6, True)
 
 
-def test_the_rank_is_the_tensors_not_the_configs(tmp_path: Path) -> None:
-    adapter = recognise(peft_adapter(tmp_path, r=64)).adapter
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"r": 64}, "the rank 64 (r), and its tensors have 4"),
+        ({"rank_pattern": {r".*\.q_proj": 2}}, "the rank 2 (rank_pattern)"),
+    ],
+)
+def test_another_rank_than_the_tensors_is_refused(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    """PEFT loads no such adapter, and nobody can say which rank it was scaled with."""
+    refused(peft_adapter(tmp_path, **changes), told, Q)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 64, "rank_pattern": {"q_proj": 4}}, {"r": None}, {"rank_pattern": {"k": 7}}]
+)
+def test_the_rank_pattern_goes_before_the_rank(tmp_path: Path, changes: dict[str, Any]) -> None:
+    adapter = recognise(peft_adapter(tmp_path, **changes)).adapter
     assert adapter is not None
-    assert adapter.rank == 4
     assert adapter.modules[Q].scale == 16 / 4
+
+
+@pytest.mark.parametrize("rank", [0, -1, "4", True, 4.0])
+def test_a_rank_that_is_none(tmp_path: Path, rank: Any) -> None:
+    refused(peft_adapter(tmp_path, r=rank), "r in adapter_config.json is")
+    refused(peft_adapter(tmp_path, rank_pattern={"q_proj": rank}), "rank_pattern")
 
 
 def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(tmp_path: Path) -> None:
@@ -123,7 +145,7 @@ def test_alphas_by_module(tmp_path: Path, pattern: Any, scale: float) -> None:
     assert adapter.modules[Q].scale == scale
 
 
-@pytest.mark.parametrize("pattern", [{"(a+)+$": 1}, {"q_proj": "2"}, {"q_proj": None}, [1], "x"])
+@pytest.mark.parametrize("pattern", [{"(a+": 1}, {"q_proj": "2"}, {"q_proj": None}, [1], "x"])
 def test_an_alpha_pattern_that_cannot_be_read(tmp_path: Path, pattern: Any) -> None:
     refused(peft_adapter(tmp_path, alpha_pattern=pattern), "alpha_pattern")
 
@@ -179,7 +201,8 @@ def test_mlx_lm_adapters_that_are_refused(
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("peft_type", "LOHA"),
+        *(("peft_type", kind) for kind in ("LOHA", "IA3", "VERA", "ADALORA", "PREFIX_TUNING")),
+        ("task_type", "SEQ_CLS"),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("layer_replication", [[0, 4]]),
@@ -212,9 +235,7 @@ def test_a_peft_adapter_without_alpha(tmp_path: Path, alpha: Any) -> None:
         "base_model.model.lm_head.weight",
         "base_model.model.lm_head.base_layer.weight",
         f"{PEFT_Q}.lora_B.bias",
-        f"{PEFT_Q}.lora_A.other.weight",
         f"{PEFT_Q}.lora_magnitude_vector",
-        f"{Q}.lora_A.weight",
         "nonsense",
     ],
 )
@@ -230,16 +251,57 @@ def test_every_tensor_must_belong_to_a_module(tmp_path: Path, stranger: str) -> 
     [
         ({f"{Q}.lora_a": (8, 4)}, f"has no B for {Q}"),
         ({f"{Q}.lora_b": (4, 6)}, f"has no A for {Q}"),
-        ({f"{Q}.lora_a": (8, 4), f"{Q}.lora_b": (5, 6)}, "do not go together"),
+        ({f"{Q}.lora_a": (8, 4), f"{Q}.lora_b": (5, 6)}, "A has rank 4, B has rank 5"),
         ({f"{Q}.lora_a": (8,), f"{Q}.lora_b": (4,)}, "do not go together"),
         ({f"{Q}.lora_a": (2, 4, 8), f"{Q}.lora_b": (3, 6, 4)}, "do not go together"),
-        ({f"{Q}.lora_a": (8, 0), f"{Q}.lora_b": (0, 6)}, "do not go together"),
+        ({f"{Q}.lora_a": (8, 0), f"{Q}.lora_b": (0, 6)}, "without values"),
         (MLX_TENSORS | {f"{Q}.m": (6,)}, "no part of a LoRA"),
         ({}, "holds no tensors"),
     ],
 )
 def test_a_and_b_must_pair_up(tmp_path: Path, shapes: Any, part: str) -> None:
     refused(mlx_adapter(tmp_path, shapes), part)
+
+
+@pytest.mark.parametrize("empty", [(0,), (0, 8), (4, 0), (0, 0)])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_tensors_that_were_not_gathered(tmp_path: Path, part: str, empty: tuple[int, ...]) -> None:
+    """As DeepSpeed's ZeRO-3 leaves them in an adapter that was saved from one device."""
+    shapes = PEFT_TENSORS | {f"{PEFT_Q}.lora_{part}.weight": empty}
+    error = refused(
+        peft_adapter(tmp_path, shapes),
+        "holds tensors without values",
+        "ZeRO-3",
+        "stage3_gather_16bit_weights_on_model_save",
+        "zero_to_fp32.py",
+    )
+    assert error.details["tensors"] == [f"{PEFT_Q}.lora_{part}.weight"]
+
+
+@pytest.mark.parametrize(
+    ("strangers", "hint"),
+    [
+        ([f"{PEFT_Q}.lora_B.bias"], "biases are not supported"),
+        (["base_model.model.model.embed_tokens.base_layer.weight"], "save_embedding_layers=False"),
+        (["base_model.model.lm_head.weight"], "they are whole weights"),
+        ([f"{PEFT_Q}.lora_magnitude_vector"], "does not say that the adapter is one"),
+    ],
+)
+def test_tensors_that_are_no_part_of_a_lora_are_called_what_they_are(
+    tmp_path: Path, strangers: list[str], hint: str
+) -> None:
+    tensors = PEFT_TENSORS | dict.fromkeys(strangers, (6,))
+    refused(peft_adapter(tmp_path, tensors), "no part of a LoRA", hint)
+
+
+def test_the_other_formats_names_and_those_of_early_mlx_vlm(tmp_path: Path) -> None:
+    refused(mlx_adapter(tmp_path / "a", PEFT_TENSORS), "called adapter_model.safetensors")
+    refused(peft_adapter(tmp_path / "b", MLX_TENSORS), "called adapters.safetensors")
+    early = {
+        f"language_model.{Q}.{part}": shape
+        for part, shape in zip("AB", [(8, 4), (4, 6)], strict=True)
+    }
+    refused(mlx_adapter(tmp_path / "c", early), "early versions of mlx-vlm")
 
 
 def test_dora_needs_its_magnitudes(tmp_path: Path) -> None:
@@ -337,7 +399,6 @@ def test_an_adapter_of_its_base_fits(tmp_path: Path) -> None:
         ({f"{Q}.lora_a": (9, 4), f"{Q}.lora_b": (4, 6)}, "it takes 9 and gives 6 values"),
         ({f"{Q}.lora_a": (8, 4), f"{Q}.lora_b": (4, 7)}, "it takes 8 and gives 7 values"),
         ({f"{Q}.lora_a": (2, 4, 8), f"{Q}.lora_b": (2, 6, 4)}, "the base's weight is [6, 8]"),
-        ({"x.lora_a": (8, 4), "x.lora_b": (4, 6)}, "the base has no x"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, shapes: Any, part: str) -> None:
@@ -351,12 +412,34 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, shapes: Any, part
     assert caught.value.details["tensors"] == [min(shapes)]
 
 
-def test_at_most_three_misfits_are_listed(tmp_path: Path) -> None:
-    shapes = {f"m{number}.lora_{x}": (4, 4) for number in range(5) for x in "ab"}
-    adapter = recognise(mlx_adapter(tmp_path / "adapter", shapes))
-    with pytest.raises(PackagingError, match="and 2 more") as caught:
-        check_adapter_fits(adapter, base_model(tmp_path / "base"))
-    assert len(caught.value.details["tensors"]) == 3
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [
+        (["x"], "the base has no x; the base has layers"),
+        (["model.layers.0.attn.q"], "no model.layers.0.attn.q; in the base's layers.0 there is"),
+        ([f"model.layers.{n}.self_attn.q_proj" for n in range(32)],
+         "it changes layers up to 31 (counted from 0), and the base has 1 layer. It was trained on "
+         "org/base"),
+        (["model.layers.0.mlp.gate_proj"], "changes gate_proj of layers.0.mlp on its own, and the"),
+        (["model.layers.0.self_attn.qkv_proj"], "q_proj, k_proj, v_proj in one, and the base has"),
+        (["lm_head"], "the base has no lm_head: its output layer is its embedding"),
+        (["model.m1", "model.m2", "model.k"], "no model.m1; the base has layers (and 1 more like"),
+        (list("abcde"), "and 2 more"),
+    ],
+)  # fmt: skip
+def test_the_reason_names_what_is_missing(tmp_path: Path, modules: list[str], told: str) -> None:
+    shapes = {"a": (8, 4), "b": (4, 6)}
+    tensors = {f"{name}.lora_{x}": shapes[x] for name in modules for x in "ab"}
+    adapter = recognise(mlx_adapter(tmp_path / "adapter", tensors))
+    leaves = ("self_attn.k_proj", "self_attn.v_proj", "mlp.gate_up_proj")
+    weights = {f"model.layers.0.{leaf}.weight": (6, 8) for leaf in leaves}
+    base = base_model(tmp_path / "base", **weights)
+    with pytest.raises(PackagingError, match="does not fit") as caught:
+        check_adapter_fits(adapter, base)
+    assert told in caught.value.message
+    assert "another base" not in caught.value.message
+    absent = sorted(f"{name}.lora_a" for name in modules if name != Q)
+    assert caught.value.details["tensors"] == absent[:3]
 
 
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
