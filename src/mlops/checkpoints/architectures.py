@@ -6,13 +6,34 @@ import ast
 import importlib.util
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlops.errors import MissingDependencyError
 
+_HELPERS = frozenset({"base", "cache", "rope_utils", "switch_layers", "pipeline"})
+_HAS_ROPE = re.compile(r"self\.rope = ")
+_READS_INTO_ROPE = re.compile(r"self\.rope\.")
 _HAS_MODEL = re.compile(r"^class Model\b|^from \S+ import .*\bModel\b|^Model\s*=", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """What mlx-lm's class for an architecture reads of `config.json`, by its source.
+
+    Attributes:
+        settings: names that its configuration has.
+        required: those of them that have no default.
+        reads: names that its layers read, of attributes and of keys.
+        has_rope: its attention calls a module `rope`, which another may stand in for.
+    """
+
+    settings: frozenset[str]
+    required: frozenset[str]
+    reads: frozenset[str]
+    has_rope: bool
 
 
 def is_supported(config: Mapping[str, Any]) -> bool:
@@ -22,11 +43,13 @@ def is_supported(config: Mapping[str, Any]) -> bool:
         MissingDependencyError: mlx-lm is not installed.
     """
     name = _remapped(config["model_type"], config.get("architectures"))
-    module = next(
-        (file for file in (_package_folder() / "models").iterdir() if file.name == f"{name}.py"),
-        None,
-    )
-    return module is not None and bool(_HAS_MODEL.search(module.read_text(encoding="utf-8")))
+    return name in _modules() and bool(_HAS_MODEL.search(_modules()[name]))
+
+
+def find_model_class(config: Mapping[str, Any]) -> ModelClass | None:
+    """What mlx-lm's class reads, its base classes and parts included; None without such a class."""
+    name = _remapped(str(config.get("model_type")), config.get("architectures"))
+    return _model_class(name) if name in _modules() else None
 
 
 def _remapped(model_type: str, architectures: Any) -> str:
@@ -36,6 +59,50 @@ def _remapped(model_type: str, architectures: Any) -> str:
         if found := by_architecture.get((model_type, str(architecture))):
             return found
     return by_type.get(model_type, model_type)
+
+
+@cache
+def _modules() -> dict[str, str]:
+    """The sources in `mlx_lm.models`, by name."""
+    files = (_package_folder() / "models").glob("*.py")
+    return {file.stem: file.read_text(encoding="utf-8") for file in files}
+
+
+@cache
+def _model_class(name: str) -> ModelClass:
+    settings: dict[str, bool] = {}
+    reads: set[str] = set()
+    sources, waiting = {}, [name]
+    while waiting:
+        module = waiting.pop()
+        if module in sources or module in _HELPERS or module not in _modules():
+            continue
+        sources[module] = _modules()[module]
+        for node in ast.walk(tree := ast.parse(sources[module])):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                waiting += [node.module] if node.module else [alias.name for alias in node.names]
+        for node in tree.body:
+            is_arguments = isinstance(node, ast.ClassDef) and node.name.endswith(("Args", "Config"))
+            if is_arguments:
+                settings |= {
+                    field.target.id: settings.get(field.target.id, False) or field.value is None
+                    for field in node.body
+                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                }
+            else:
+                reads |= _names(node)
+    has_rope = any(
+        _HAS_ROPE.search(source) and not _READS_INTO_ROPE.search(source)
+        for source in sources.values()
+    )
+    required = frozenset(name for name, is_required in settings.items() if is_required)
+    return ModelClass(frozenset(settings), required, frozenset(reads), has_rope)
+
+
+def _names(tree: ast.AST) -> set[str]:
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return found | {value for value in constants if isinstance(value, str)}
 
 
 @cache

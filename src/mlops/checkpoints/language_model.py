@@ -19,6 +19,7 @@ from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
+from mlops.checkpoints.translation import translate
 from mlops.counts import count
 
 INDEX = "model.safetensors.index.json"
@@ -57,6 +58,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
+    translation = translate(path, config)
     quantization = _quantization(config)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
@@ -80,6 +82,9 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         config=config,
         pooling=read_pooling(config, files),
         is_headless=is_headless,
+        model_config=translation.model_config,
+        ropes=translation.ropes,
+        warnings=translation.warnings,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
+from mlops.checkpoints.translation import CONTEXT_TOKENS
 from mlops.engine.batching import Trial, try_out
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
@@ -82,7 +83,7 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        return self._find_integer("max_position_embeddings", "n_positions", "n_ctx")
+        return self._find_integer(CONTEXT_TOKENS, "max_position_embeddings", "n_positions", "n_ctx")
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -175,19 +176,19 @@ def _load(
 
 def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     from mlops.engine.mlx_lm import load_model as load_mlx_model
+    from mlops.engine.rope import set_ropes
 
-    further: dict[str, Any] = {}
+    further: dict[str, Any] = {"model_config": dict(checkpoint.model_config)}
     if checkpoint.is_headless:
         # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
-        further = {
-            "get_model_classes": _headless_classes,
-            "model_config": {"tie_word_embeddings": True},
-        }
+        further["get_model_classes"] = _headless_classes
+        further["model_config"]["tie_word_embeddings"] = True
     try:
         # Lazy: weights are read when they are laid out, one layer after the other.
         model, config = load_mlx_model(
             checkpoint.path, lazy=True, trust_remote_code=False, **further
         )
+        set_ropes(model, checkpoint.ropes)
     except Exception as exc:
         raise ServiceError(
             f"mlx-lm cannot load {checkpoint.path}: {exc}",

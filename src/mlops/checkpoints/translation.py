@@ -1,0 +1,260 @@
+"""What mlx-lm is told in place of what `config.json` says: the same, by the names that it reads.
+
+transformers has renamed settings, and moved some into others. mlx-lm's class for an architecture
+reads what it knows and ignores the rest in silence. What it reads is taken from its source
+(`architectures`), so there is one rule for all, and short tables for what no rule gives.
+
+What mlx-lm's class cannot be told, but its attention can be given, is left to `engine.rope`; what
+is neither is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlops.checkpoints.architectures import ModelClass, find_model_class
+from mlops.checkpoints.refusal import refusal
+from mlops.checkpoints.rope import EVERY_LAYER, TYPES, Rope, read_ropes, rotated_dims
+
+CONTEXT_TOKENS = "max_context_tokens"
+"""Our own key in `model_config`: the most tokens that are computed as they were trained."""
+
+_ONLY_MLX_LM = frozenset({"deepseek_yarn", "telechat3-yarn"})
+"""Types of rotary embedding that mlx-lm computes and transformers does not have."""
+
+_SAME: tuple[tuple[str, ...], ...] = (
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    ("n_ctx", "n_positions", "max_position_embeddings"),
+)
+"""Names of one setting: where mlx-lm reads one that is not there, another's value is taken."""
+
+_PARTIAL_NAMES = frozenset({"partial_rotary_factor", "rotary_pct", "rotary_dim"})
+
+_FIXED: dict[str, dict[str, Any]] = {
+    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+}
+"""What the class of transformers always does, and mlx-lm's wants to be told."""
+
+_NO_SCALING: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"type": "yarn", "factor": 1.0},
+    "minicpm3": {"type": "longrope", "short_factor": 1.0, "long_factor": 1.0},
+}
+"""A `rope_scaling` that changes nothing, for classes that insist on one."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What is to be served beside what `config.json` says.
+
+    Attributes:
+        model_config: settings for mlx-lm, which replace those of the same name.
+        ropes: the rotary embeddings that the engine has to set itself, of each layer, or one for
+            all; None for a layer that keeps its own. Empty: mlx-lm's are right.
+        warnings: sentences for the user.
+    """
+
+    model_config: Mapping[str, Any]
+    ropes: tuple[Rope | None, ...]
+    warnings: tuple[str, ...]
+
+
+def translate(path: Path, config: Mapping[str, Any]) -> Translation:
+    """Work out what mlx-lm has to be told of a `config.json`.
+
+    Raises:
+        PackagingError: a setting is malformed, or is one that mlx-lm's class does not compute.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return _translate(path, config, find_model_class(config))
+    kind = find_model_class(text) or find_model_class(config)
+    inner = _translate(path, text, kind)
+    model_config = dict(inner.model_config)
+    outer = {CONTEXT_TOKENS: model_config.pop(CONTEXT_TOKENS, None)}
+    outer |= {"text_config": {**text, **model_config} if model_config else None}
+    given = {name: value for name, value in outer.items() if value is not None}
+    return Translation(given, inner.ropes, inner.warnings)
+
+
+def _translate(path: Path, config: Mapping[str, Any], kind: ModelClass | None) -> Translation:
+    if kind is None:
+        return Translation({}, (), ())
+    ropes, warnings = read_ropes(path, config)
+    _check_types(path, config, ropes, kind)
+    wanted = _renamed(config, kind)
+    if ropes:
+        wanted |= _rope_settings(config, ropes, kind)
+    model_config = {
+        name: value
+        for name, value in wanted.items()
+        if name in kind.settings and (name not in config or config[name] != value)
+    }
+    longest = _longest(config, ropes, warnings)
+    if longest is not None:
+        model_config[CONTEXT_TOKENS] = longest
+    return Translation(model_config, _left_to_engine(path, config, ropes, kind), tuple(warnings))
+
+
+def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
+    """Settings that have another name in the file, or that follow from others in it."""
+    renamed = dict(_FIXED.get(str(config.get("model_type")), {}))
+    for names in _SAME:
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        renamed |= {name: value for name in names if value is not None and name not in config}
+    for name, derive in _DERIVED.items():
+        value = derive(config) if name in kind.settings else None
+        if value is not None:
+            renamed[name] = value
+    return renamed
+
+
+def _head_dim(config: Mapping[str, Any]) -> int | None:
+    given, hidden, heads = map(config.get, ("head_dim", "hidden_size", "num_attention_heads"))
+    return given or (hidden // heads if type(hidden) is type(heads) is int and heads else None)
+
+
+def _sliding_window_pattern(config: Mapping[str, Any]) -> int | None:
+    """Of `layer_types` that repeat: sliding layers and then one full one."""
+    layers = config.get("layer_types")
+    if not isinstance(layers, list) or "full_attention" not in layers:
+        return len(layers) + 1 if isinstance(layers, list) else None
+    return layers.index("full_attention") + 1
+
+
+_DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "head_dim": _head_dim,
+    "sliding_window_pattern": _sliding_window_pattern,
+}
+"""Settings that transformers 5 doesn't write, because they follow from others."""
+
+
+def _rope_settings(
+    config: Mapping[str, Any], ropes: Mapping[str, Rope | None], kind: ModelClass
+) -> dict[str, Any]:
+    """The rotary embedding by all names that mlx-lm's classes have for it."""
+    given = [rope for rope in ropes.values() if rope is not None]
+    if not given:
+        return {}
+    rope = ropes.get("full_attention") or given[0]
+    sliding = ropes.get("sliding_attention") or rope
+    settings: dict[str, Any] = {
+        "rope_theta": rope.theta,
+        "rotary_emb_base": rope.theta,
+        "rope_local_base_freq": sliding.theta,
+        "swa_rope_theta": sliding.theta,
+        "partial_rotary_factor": rope.partial,
+        "rotary_pct": rope.partial,
+        "rope_scaling": _rope_scaling(config, rope, kind),
+        "rope_parameters": rope.as_parameters,
+    }
+    if EVERY_LAYER not in ropes:
+        settings["rope_parameters"] = {
+            name: entry and entry.as_parameters for name, entry in ropes.items()
+        }
+    head_dim = _head_dim(config)
+    if type(head_dim) is int:
+        settings["rotary_dim"] = int(head_dim * rope.partial)
+    return settings
+
+
+def _rope_scaling(config: Mapping[str, Any], rope: Rope, kind: ModelClass) -> dict[str, Any] | None:
+    """What the class is to know of the rope's type: nothing, where the engine sets the rope."""
+    settings = rope.as_parameters
+    has_alpha = "alpha" in kind.reads and settings.get("alpha") is not None
+    scales_attention = "mscale_all_dim" in kind.reads and rope.settings.get("mscale_all_dim")
+    if has_alpha or rope.type in _ONLY_MLX_LM or (rope.type != "default" and scales_attention):
+        return settings
+    none = _NO_SCALING.get(str(config.get("model_type")))
+    length = {"original_max_position_embeddings": config.get("max_position_embeddings")}
+    return {**none, **length} if none else None
+
+
+def _left_to_engine(
+    path: Path, config: Mapping[str, Any], ropes: Mapping[str, Rope | None], kind: ModelClass
+) -> tuple[Rope | None, ...]:
+    """The ropes that mlx-lm's class would not compute as they are meant; () when it does."""
+    unsaid = [reason for rope in ropes.values() if rope for reason in _unsaid(config, rope, kind)]
+    if len(ropes) > 1 and not kind.settings & {"rope_parameters", "rope_local_base_freq"}:
+        unsaid.append("a rotary embedding for each type of layer")
+    if not unsaid:
+        return ()
+    if not kind.has_rope:
+        raise refusal(
+            f"config.json of {path} asks for {unsaid[0]}, which mlx-lm does not compute for "
+            f"{config.get('model_type')}; serve it with transformers",
+            path,
+            architecture=config.get("model_type"),
+        )
+    if not kind.reads & _PARTIAL_NAMES:
+        ropes = {name: rope and _with_dims(rope, config) for name, rope in ropes.items()}
+    if EVERY_LAYER in ropes:
+        return tuple(ropes.values())
+    layers = config.get("layer_types")
+    if not isinstance(layers, list) or not all(name in ropes for name in layers):
+        raise refusal(
+            f"config.json of {path} has rope_parameters for {', '.join(ropes)[:200]}, which are not "
+            "its layer_types; use the config.json that was saved with the weights",
+            path,
+            setting="layer_types",
+        )
+    return tuple(ropes[name] for name in layers)
+
+
+def _unsaid(config: Mapping[str, Any], rope: Rope, kind: ModelClass) -> list[str]:
+    """What of a rope mlx-lm's class would not know or not compute, in words."""
+    unsaid = []
+    if rope.type not in {"default", "dynamic"} | _ONLY_MLX_LM:
+        unsaid.append(f"the rope_type {rope.type}")
+    if rope.theta != 10_000 and not kind.reads & {"rope_theta", "rotary_emb_base"}:
+        unsaid.append(f"rope_theta {rope.theta}")
+    is_partial = rope.partial != 1 and "qk_rope_head_dim" not in config
+    if is_partial and not kind.reads & _PARTIAL_NAMES:
+        unsaid.append(f"partial_rotary_factor {rope.partial}")
+    return unsaid
+
+
+def _with_dims(rope: Rope, config: Mapping[str, Any]) -> Rope:
+    partial = 1.0 if rope.type == "proportional" else rope.partial
+    return replace(rope, dims=rotated_dims(config, partial))
+
+
+def _check_types(
+    path: Path, config: Mapping[str, Any], ropes: Mapping[str, Rope | None], kind: ModelClass
+) -> None:
+    known = TYPES | (_ONLY_MLX_LM if "rope_scaling" in kind.reads else frozenset())
+    for rope in ropes.values():
+        if rope is not None and rope.type not in known:
+            raise refusal(
+                f"the rope_type {rope.type[:80]!r} in config.json of {path} is unknown for "
+                f"{config.get('model_type')}; known are {', '.join(sorted(TYPES))}",
+                path,
+                setting="rope_type",
+            )
+
+
+def _longest(
+    config: Mapping[str, Any], ropes: Mapping[str, Rope | None], warnings: list[str]
+) -> int | None:
+    """The most tokens that are computed as they were trained, where that is less than all."""
+    lengths = []
+    whole = config.get("max_position_embeddings")
+    for rope in filter(None, ropes.values()):
+        if rope.type == "dynamic" and "alpha" not in rope.settings:
+            warnings.append(
+                "dynamic rotary embeddings only change what is longer than "
+                f"max_position_embeddings ({whole}), which is the longest that is served"
+            )
+        if rope.type != "longrope" or rope.settings["short_factor"] == rope.settings["long_factor"]:
+            continue
+        length = int(rope.settings["original_max_position_embeddings"])
+        if type(whole) is not int or length < whole:
+            lengths.append(length)
+            warnings.append(
+                f"up to {length} tokens are served, not {whole}: past them LongRoPE has other "
+                "factors, and would have to compute the whole text anew; for long texts alone, "
+                "write long_factor's numbers into short_factor"
+            )
+    return min(lengths, default=None)
