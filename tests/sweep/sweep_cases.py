@@ -52,12 +52,121 @@ class Case:
         return f"{self.architecture}-{self.name}"
 
 
+_LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+"""Multi-head latent attention."""
+
+_GROUPS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_SLIDING = {"sliding_window": 32, "num_hidden_layers": 4}
+"""Shorter than the prompt; most of these have one full layer in four."""
+
 DEFAULTS: dict[str, dict[str, Any]] = {
-    name: {}
-    for name in (
-        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "mixtral", "stablelm"
-    )
-}  # fmt: skip
-"""What an architecture needs beside `SIZES` to be tiny."""
+    "afmoe": _SLIDING | {"global_attn_every_n_layers": 2, "num_dense_layers": 1},
+    "apertus": {},
+    "bailing_hybrid": {},
+    "bitnet": {},
+    "cohere": {},
+    "cohere2": _SLIDING,
+    "dbrx": {},
+    "deepseek_v2": _LATENT | _GROUPS,
+    "deepseek_v3": _LATENT | _GROUPS,
+    "deepseek_v32": _LATENT | _GROUPS | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64},
+    "dots1": _GROUPS,
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    "exaone4": _SLIDING,
+    "exaone_moe": _SLIDING | _GROUPS,
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    "falcon_mamba": {},
+    "gemma": {},
+    "gemma2": _SLIDING,
+    "gemma3_text": _SLIDING | {"sliding_window_pattern": 2},
+    "gemma4_text": {},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": _GROUPS,
+    "glm4_moe_lite": _LATENT | _GROUPS,
+    "glm_moe_dsa": _LATENT | _GROUPS | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64},
+    "gpt2": {"num_attention_heads": 4, "n_inner": None},
+    "gpt_bigcode": {"n_inner": 128},
+    "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": _SLIDING,
+    "gptj": {"rotary_dim": 8},
+    "granite": {},
+    "granitemoe": {},
+    "granitemoehybrid": {
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "attention", "mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "shared_intermediate_size": 96,
+        "position_embedding_type": "rope",
+    },
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "kimi_linear": {},
+    "laguna": {},
+    "lfm2": {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        "num_hidden_layers": 4,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "llama": {},
+    "llama4_text": {},
+    "longcat_flash": {},
+    "mamba": {},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minicpm3": _LATENT,
+    "minimax": {},
+    "minimax_m2": {},
+    "ministral3": {},
+    "mistral": {},
+    "mixtral": {},
+    "nanochat": {},
+    "nemotron": {},
+    "nemotron_h": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": _SLIDING,
+    "olmo_hybrid": {"num_hidden_layers": 4},
+    "olmoe": {},
+    "phi": {},
+    "phi3": {},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "qwen2": {},
+    "qwen2_moe": {},
+    "qwen3": {},
+    "qwen3_5": {"num_hidden_layers": 4},
+    "qwen3_5_moe": {"num_hidden_layers": 4},
+    "qwen3_moe": {},
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32},
+    "seed_oss": {},
+    "smollm3": {"num_hidden_layers": 4},
+    "solar_open": _GROUPS,
+    "stablelm": {},
+    "starcoder2": {},
+}
+"""What an architecture needs beside `SIZES` to be tiny and to show all its kinds of layer."""
 
 CASES: tuple[Case, ...] = (*(Case(architecture, "default") for architecture in DEFAULTS),)

@@ -27,7 +27,12 @@ _ONLY_MLX_LM = frozenset({"deepseek_yarn", "telechat3-yarn"})
 
 _SAME: tuple[tuple[str, ...], ...] = (
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    ("n_ctx", "n_positions", "max_position_embeddings"),
+    ("n_ctx", "n_positions", "max_position_embeddings", "model_max_length"),
+    ("num_experts_per_tok", "num_experts_per_token"),
+    ("n_group", "num_expert_group"),
+    ("n_shared_experts", "num_shared_experts"),
+    ("norm_topk_prob", "moe_renormalize"),
+    ("block_dim", "hidden_size"),
 )
 """Names of one setting: where mlx-lm reads one that is not there, another's value is taken."""
 
@@ -37,6 +42,17 @@ _FIXED: dict[str, dict[str, Any]] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
 }
 """What the class of transformers always does, and mlx-lm's wants to be told."""
+
+_HYBRID = {"linear_attention": "mamba", "full_attention": "attention"}
+_LAYER_TYPES: dict[str, tuple[str, dict[str, str]]] = {
+    "granitemoehybrid": ("layer_types", _HYBRID),
+    "jamba": ("layers_block_type", _HYBRID),
+    "recurrent_gemma": (
+        "block_types",
+        {"linear_attention": "recurrent", "sliding_attention": "attention"},
+    ),
+}
+"""Where mlx-lm reads the types of layers, and the names that it has for them."""
 
 _NO_SCALING: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"type": "yarn", "factor": 1.0},
@@ -104,6 +120,10 @@ def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
     for names in _SAME:
         value = next((config[name] for name in names if config.get(name) is not None), None)
         renamed |= {name: value for name in names if value is not None and name not in config}
+    name, types = _LAYER_TYPES.get(str(config.get("model_type")), ("", {}))
+    given = config.get("layers_block_type") or config.get("layer_types")
+    if isinstance(given, list) and all(isinstance(entry, str) for entry in given):
+        renamed[name] = [types.get(entry, entry) for entry in given]
     for name, derive in _DERIVED.items():
         value = derive(config) if name in kind.settings else None
         if value is not None:
@@ -116,11 +136,13 @@ def _head_dim(config: Mapping[str, Any]) -> int | None:
     return given or (hidden // heads if type(hidden) is type(heads) is int and heads else None)
 
 
-def _sliding_window_pattern(config: Mapping[str, Any]) -> int | None:
-    """Of `layer_types` that repeat: sliding layers and then one full one."""
+def _sliding_window_pattern(config: Mapping[str, Any]) -> int | str | None:
+    """Of `layer_types`: every how many layers there is one that is full."""
     layers = config.get("layer_types")
     if not isinstance(layers, list) or "full_attention" not in layers:
-        return len(layers) + 1 if isinstance(layers, list) else None
+        return None
+    if config.get("model_type") in {"exaone4", "exaone_moe"}:
+        return "".join("L" if name == "sliding_attention" else "G" for name in layers)
     return layers.index("full_attention") + 1
 
 
