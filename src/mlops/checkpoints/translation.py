@@ -40,6 +40,9 @@ _PARTIAL_NAMES = frozenset({"partial_rotary_factor", "rotary_pct", "rotary_dim"}
 
 _FIXED: dict[str, dict[str, Any]] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    "minimax_m2": {"shared_intermediate_size": 0},
+    "solar_open": {"intermediate_size": 0, "first_k_dense_replace": 0},
 }
 """What the class of transformers always does, and mlx-lm's wants to be told."""
 
@@ -53,6 +56,26 @@ _LAYER_TYPES: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 """Where mlx-lm reads the types of layers, and the names that it has for them."""
+
+_OTHERWISE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
+    "jamba": (
+        lambda config: config.get("num_experts") != 1,
+        "weighs the experts otherwise than they were trained",
+    ),
+    "minicpm3": (
+        lambda config: config.get("tie_word_embeddings") is not False,
+        "leaves out a factor of the logits when tie_word_embeddings is set",
+    ),
+    "ernie4_5_moe": (
+        lambda config: config.get("moe_num_experts") != 0,
+        "leaves out the bias that chooses the experts",
+    ),
+    "olmo": (
+        lambda config: True,
+        "needs the library hf_olmo, and ends the process without it",
+    ),
+}
+"""Which models mlx-lm's class does not compute as transformers does, and what it does instead."""
 
 _NO_SCALING: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"type": "yarn", "factor": 1.0},
@@ -98,6 +121,7 @@ def translate(path: Path, config: Mapping[str, Any]) -> Translation:
 def _translate(path: Path, config: Mapping[str, Any], kind: ModelClass | None) -> Translation:
     if kind is None:
         return Translation({}, (), ())
+    _refuse_otherwise(path, config)
     ropes, warnings = read_ropes(path, config)
     _check_types(path, config, ropes, kind)
     wanted = _renamed(config, kind)
@@ -124,8 +148,8 @@ def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
     given = config.get("layers_block_type") or config.get("layer_types")
     if isinstance(given, list) and all(isinstance(entry, str) for entry in given):
         renamed[name] = [types.get(entry, entry) for entry in given]
-    for name, derive in _DERIVED.items():
-        value = derive(config) if name in kind.settings else None
+    for name, derive in (_DERIVED | _FOLLOWS).items():
+        value = derive(config) if name in _FOLLOWS or name not in config else None
         if value is not None:
             renamed[name] = value
     return renamed
@@ -146,11 +170,47 @@ def _sliding_window_pattern(config: Mapping[str, Any]) -> int | str | None:
     return layers.index("full_attention") + 1
 
 
+def _is_moe_layer(config: Mapping[str, Any]) -> list[bool] | None:
+    layers = config.get("mlp_layer_types")
+    return [name == "sparse" for name in layers] if isinstance(layers, list) else None
+
+
+def _mamba_width(config: Mapping[str, Any]) -> int | None:
+    """Of mamba2, whose `intermediate_size` mlx-lm wants to be told."""
+    hidden, expand = config.get("hidden_size"), config.get("expand")
+    return hidden * expand if type(hidden) is type(expand) is int else None
+
+
+def _time_step_limit(config: Mapping[str, Any]) -> list[float] | None:
+    """Of nemotron_h: transformers only looks at the lower bound."""
+    lowest = config.get("time_step_min")
+    is_read = config.get("model_type") == "nemotron_h" and isinstance(lowest, float)
+    return [lowest, float("inf")] if is_read else None
+
+
 _DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "head_dim": _head_dim,
-    "sliding_window_pattern": _sliding_window_pattern,
+    "intermediate_size": _mamba_width,
+    "is_moe_layer": _is_moe_layer,
 }
 """Settings that transformers 5 doesn't write, because they follow from others."""
+
+_FOLLOWS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "sliding_window_pattern": _sliding_window_pattern,
+    "time_step_limit": _time_step_limit,
+}
+"""Settings that transformers 5 overrules by others."""
+
+
+def _refuse_otherwise(path: Path, config: Mapping[str, Any]) -> None:
+    applies, reason = _OTHERWISE.get(str(config.get("model_type")), (lambda _: False, ""))
+    if applies(config):
+        raise refusal(
+            f"mlx-lm's class for {config.get('model_type')} {reason}, so {path} would be answered "
+            "wrongly; serve it with transformers",
+            path,
+            architecture=config.get("model_type"),
+        )
 
 
 def _rope_settings(
@@ -217,8 +277,8 @@ def _left_to_engine(
     layers = config.get("layer_types")
     if not isinstance(layers, list) or not all(name in ropes for name in layers):
         raise refusal(
-            f"config.json of {path} has rope_parameters for {', '.join(ropes)[:200]}, which are not "
-            "its layer_types; use the config.json that was saved with the weights",
+            f"rope_parameters in config.json of {path} are for {', '.join(ropes)[:200]}, but its "
+            "layer_types are not; use the config.json that was saved with the weights",
             path,
             setting="layer_types",
         )

@@ -15,6 +15,9 @@ from mlx import nn
 
 from mlops.checkpoints.rope import Rope, frequencies
 
+_ALWAYS_TRADITIONAL = frozenset({"DeepseekV2YarnRotaryEmbedding"})
+"""Classes of mlx-lm that rotate neighbours, and have no attribute that says so."""
+
 
 class ScaledRoPE(nn.Module):
     """Rotates the first `dims` numbers of each head by angles of given wavelengths.
@@ -74,13 +77,20 @@ def set_ropes(model: Any, ropes: Sequence[Rope | None]) -> None:
 
 
 def _has_rope(module: nn.Module) -> bool:
-    rope = module.get("rope")
-    return hasattr(rope, "dims") or hasattr(rope, "dim")
+    return _dims(module.get("rope")) is not None
+
+
+def _dims(rope: Any) -> int | None:
+    """How many numbers of each head are rotated; None for no rotary embedding (`NoPE`)."""
+    for name in ("dims", "dim"):
+        if hasattr(rope, name):
+            return int(getattr(rope, name))
+    return 2 * rope._freqs.size if hasattr(rope, "_freqs") else None
 
 
 def _replace(attention: nn.Module, rope: Rope) -> None:
     old = attention.rope
-    dims = rope.dims or (old.dims if hasattr(old, "dims") else old.dim)
-    traditional = bool(getattr(old, "traditional", False))
+    dims = rope.dims or _dims(old)
+    traditional = bool(getattr(old, "traditional", type(old).__name__ in _ALWAYS_TRADITIONAL))
     wavelengths, scale = frequencies(rope, dims)
     attention.rope = ScaledRoPE(dims, wavelengths, scale, traditional)
