@@ -55,9 +55,9 @@ def compute(job: dict[str, Any]) -> tuple[Any, Any]:
 def make_model(model_type: str, sizes: dict[str, Any], settings: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     config = make_config(CONFIG_MAPPING[model_type], sizes, settings)
-    auto = AutoModelForCausalLM
-    if type(config) not in auto._model_mapping:
-        auto = AutoModelForImageTextToText
+    also_sees = hasattr(config, "text_config")
+    is_text = not also_sees and type(config) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if parameter.is_floating_point() and name in model.state_dict():
@@ -67,17 +67,22 @@ def make_model(model_type: str, sizes: dict[str, Any], settings: dict[str, Any])
 
 
 def make_config(kind: Any, sizes: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """A configuration of those `sizes` that it has; one in it (`text_config`) gets them too."""
-    parts = {
-        name: make_config(part, sizes, settings.get(name) or {})
-        for name, part in (kind.sub_configs or {}).items()
-        if name in ("text_config", "vision_config") and hasattr(part, "model_type")
-    }
+    """A configuration of those `sizes` that it has; those in it (`text_config`) get them too."""
     default = kind()
-    known = {name: value for name, value in sizes.items() if hasattr(default, name)}
-    for name, part in parts.items():
-        parts[name] = part.to_dict()
-    return kind(**(known | settings | parts))
+    known = {name: value for name, value in sizes.items() if has(default, name)}
+    for name in ("text_config", "vision_config"):
+        if has(default, name) and getattr(default, name) is not None:
+            part = make_config(type(getattr(default, name)), sizes, settings.get(name) or {})
+            known[name] = part.to_dict()
+            settings = {key: value for key, value in settings.items() if key != name}
+    return kind(**(known | settings))
+
+
+def has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # it differs between layers
+        return True
 
 
 def randomise(name: str, data: Any) -> None:

@@ -24,12 +24,14 @@ class ModelClass:
     """What mlx-lm's class for an architecture reads of `config.json`, by its source.
 
     Attributes:
+        modules: of mlx-lm, its own and those that it is made of.
         settings: names that its configuration has.
         required: those of them that have no default.
         reads: names that its layers read, of attributes and of keys.
         has_rope: its attention calls a module `rope`, which another may stand in for.
     """
 
+    modules: frozenset[str]
     settings: frozenset[str]
     required: frozenset[str]
     reads: frozenset[str]
@@ -96,7 +98,7 @@ def _model_class(name: str) -> ModelClass:
         for source in sources.values()
     )
     required = frozenset(name for name, is_required in settings.items() if is_required)
-    return ModelClass(frozenset(settings), required, frozenset(reads), has_rope)
+    return ModelClass(frozenset(sources), frozenset(settings), required, frozenset(reads), has_rope)
 
 
 def _names(tree: ast.AST) -> set[str]:

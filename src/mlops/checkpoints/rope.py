@@ -199,7 +199,8 @@ def _read(
         names = (name,) if name else ()
     theta = _pick(_given(config, names), "rope_theta", entry.get("rope_theta"), default, warnings)
     default = _PARTIALS.get(kind, 1.0)
-    if _is_number(config.get("rotary_dim")) and _is_number(config.get("head_dim")):
+    has_dims = _is_number(config.get("rotary_dim")) and _is_number(config.get("head_dim"))
+    if kind == "minimax_m2" and has_dims:
         default = config["rotary_dim"] / config["head_dim"]
     given, own = _given(config, _PARTIAL_NAMES), entry.get("partial_rotary_factor")
     partial = _pick(given, "partial_rotary_factor", own, default, warnings)

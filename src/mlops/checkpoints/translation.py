@@ -40,11 +40,20 @@ _PARTIAL_NAMES = frozenset({"partial_rotary_factor", "rotary_pct", "rotary_dim"}
 
 _FIXED: dict[str, dict[str, Any]] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "gemma4_text": {"final_logit_softcapping": None},
+    "gemma4_unified_text": {"final_logit_softcapping": None, "hidden_size_per_layer_input": 0},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"shared_intermediate_size": 0},
+    "longcat_flash": {
+        "attention_method": "MLA",
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    },
     "solar_open": {"intermediate_size": 0, "first_k_dense_replace": 0},
 }
-"""What the class of transformers always does, and mlx-lm's wants to be told."""
+"""What transformers does where the file says nothing, and mlx-lm's class wants to be told."""
 
 _HYBRID = {"linear_attention": "mamba", "full_attention": "attention"}
 _LAYER_TYPES: dict[str, tuple[str, dict[str, str]]] = {
@@ -106,14 +115,20 @@ def translate(path: Path, config: Mapping[str, Any]) -> Translation:
     Raises:
         PackagingError: a setting is malformed, or is one that mlx-lm's class does not compute.
     """
+    kind = find_model_class(config)
     text = config.get("text_config")
-    if not isinstance(text, dict):
-        return _translate(path, config, find_model_class(config))
-    kind = find_model_class(text) or find_model_class(config)
-    inner = _translate(path, text, kind)
+    if not isinstance(text, dict) or kind is None:
+        return _translate(path, config, kind)
+    part = find_model_class(text)
+    # Of the whole model, whether its output layer is its embedding stands at the top.
+    tie = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    uses_part = part is not None and part.modules <= kind.modules
+    inner = _translate(path, text | tie, part if uses_part else kind)
     model_config = dict(inner.model_config)
     outer = {CONTEXT_TOKENS: model_config.pop(CONTEXT_TOKENS, None)}
-    outer |= {"text_config": {**text, **model_config} if model_config else None}
+    outer["text_config"] = {**text, **tie, **model_config}
+    if "vocab_size" not in config and "vocab_size" in kind.settings:
+        outer["vocab_size"] = text.get("vocab_size")
     given = {name: value for name, value in outer.items() if value is not None}
     return Translation(given, inner.ropes, inner.warnings)
 
@@ -140,7 +155,8 @@ def _translate(path: Path, config: Mapping[str, Any], kind: ModelClass | None) -
 
 def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
     """Settings that have another name in the file, or that follow from others in it."""
-    renamed = dict(_FIXED.get(str(config.get("model_type")), {}))
+    fixed = _FIXED.get(str(config.get("model_type")), {})
+    renamed = {name: value for name, value in fixed.items() if name not in config}
     for names in _SAME:
         value = next((config[name] for name in names if config.get(name) is not None), None)
         renamed |= {name: value for name in names if value is not None and name not in config}
@@ -188,7 +204,19 @@ def _time_step_limit(config: Mapping[str, Any]) -> list[float] | None:
     return [lowest, float("inf")] if is_read else None
 
 
+def _of_full_layers(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A setting that full layers have to themselves, of what transformers 5 writes by layer."""
+
+    def derive(config: Mapping[str, Any]) -> Any:
+        layers = config.get("per_layer_config")
+        own = list(layers.values()) if isinstance(layers, dict) else []
+        return own[0].get(name) if own and all(isinstance(layer, dict) for layer in own) else None
+
+    return derive
+
+
 _DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "global_head_dim": _of_full_layers("head_dim"),
     "head_dim": _head_dim,
     "intermediate_size": _mamba_width,
     "is_moe_layer": _is_moe_layer,
@@ -299,8 +327,9 @@ def _unsaid(config: Mapping[str, Any], rope: Rope, kind: ModelClass) -> list[str
 
 
 def _with_dims(rope: Rope, config: Mapping[str, Any]) -> Rope:
-    partial = 1.0 if rope.type == "proportional" else rope.partial
-    return replace(rope, dims=rotated_dims(config, partial))
+    if rope.type == "proportional" or rope.partial == 1:
+        return rope
+    return replace(rope, dims=rotated_dims(config, rope.partial))
 
 
 def _check_types(

@@ -8,7 +8,7 @@ Everything here runs in the owner thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,8 +181,13 @@ def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     further: dict[str, Any] = {"model_config": dict(checkpoint.model_config)}
     if checkpoint.is_headless:
         # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
-        further["get_model_classes"] = _headless_classes
+        further["get_model_classes"] = _classes_with_names(lambda name: f"model.{name}")
         further["model_config"]["tie_word_embeddings"] = True
+    elif checkpoint.architecture == "gpt2":
+        # mlx-lm knows the names of the first GPT-2 only; transformers writes a prefix.
+        further["get_model_classes"] = _classes_with_names(
+            lambda name: name.removeprefix("transformer.")
+        )
     try:
         # Lazy: weights are read when they are laid out, one layer after the other.
         model, config = load_mlx_model(
@@ -198,19 +203,23 @@ def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
-def _headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's classes for a model whose weights are named without the prefix `model.`."""
-    from mlops.engine.mlx_lm import find_model_classes
+def _classes_with_names(rename: Callable[[str], str]) -> Callable[[dict[str, Any]], Any]:
+    """What finds mlx-lm's classes, for weights that have other names in the files."""
 
-    model_class, args_class = find_model_classes(config)
+    def find(config: dict[str, Any]) -> tuple[Any, Any]:
+        from mlops.engine.mlx_lm import find_model_classes
 
-    class Headless(model_class):  # type: ignore[misc, valid-type]
-        def sanitize(self, weights: Mapping[str, Any]) -> Any:
-            named = {f"model.{name}": array for name, array in weights.items()}
-            inherited = getattr(super(), "sanitize", None)
-            return inherited(named) if inherited else named
+        model_class, args_class = find_model_classes(config)
 
-    return Headless, args_class
+        class Renamed(model_class):  # type: ignore[misc, valid-type]
+            def sanitize(self, weights: Mapping[str, Any]) -> Any:
+                named = {rename(name): array for name, array in weights.items()}
+                inherited = getattr(super(), "sanitize", None)
+                return inherited(named) if inherited else named
+
+        return Renamed, args_class
+
+    return find
 
 
 def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
