@@ -12,7 +12,7 @@ from typing import Any
 SIZES: dict[str, Any] = {
     "vocab_size": 259,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
+    "moe_intermediate_size": 64,
 }
 """What every configuration is given of these, where its class has the setting."""
 
@@ -47,7 +47,7 @@ class Case:
     @property
     def settings(self) -> dict[str, Any]:
         """With what its architecture needs; of a model that also sees, those of its text part."""
-        settings = DEFAULTS.get(self.architecture) or REFUSED.get(self.architecture, {})
+        settings = DEFAULTS.get(self.architecture) or {}
         if "text_config" not in settings:
             return settings | self.config
         return settings | {"text_config": settings["text_config"] | self.config}
@@ -77,7 +77,7 @@ _GATED_DELTA = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
-    "shared_expert_intermediate_size": 48,
+    "shared_expert_intermediate_size": 64,
 }
 _GEMMA_4 = _SLIDING | {
     "global_head_dim": 32,
@@ -127,7 +127,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 4,
         "mamba_d_head": 32,
         "mamba_d_state": 16,
-        "shared_intermediate_size": 96,
+        "shared_intermediate_size": 128,
         "position_embedding_type": "rope",
     },
     "helium": {},
@@ -149,7 +149,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     },
     "llama": {},
-    "longcat_flash": _LATENT | {"zero_expert_num": 2, "num_layers": 2},
     "mamba": {},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "mellum": {},
@@ -187,7 +186,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": _GEMMA_4},
     "llama4": {
         "text_config": {
-            "intermediate_size_mlp": 96,
+            "intermediate_size_mlp": 128,
             "num_hidden_layers": 4,
             "num_experts_per_tok": 1,
         }
@@ -208,29 +207,29 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What an architecture needs beside `SIZES` to be tiny and to show all its kinds of layer."""
 
-REFUSED: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {},
-    "bitnet": {},
-    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
-    "gpt_oss": _SLIDING,
-    "kimi_linear": {},
-    "llama4_text": {},
-    "mimo_v2_flash": {},
-    "minimax": {},
-    "nanochat": {},
-    "olmo": {},
-    "olmo_hybrid": {"num_hidden_layers": 4},
-    "qwen3_5_moe": {"text_config": _GATED_DELTA, "vision_config": _QWEN_VISION},
-    "qwen3_vl_moe": {
-        "text_config": {"rope_parameters": _MROPE},
-        "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
-    },
+_OTHER_NAMES = "mlx-lm has other names or shapes for its weights"
+_OTHER_SETTINGS = "mlx-lm has other names for its settings"
+
+REFUSED = {
+    "bailing_hybrid": _OTHER_SETTINGS,
+    "bitnet": "mlx-lm only has it with packed weights of 1.58 bits",
+    "ernie4_5_moe": "mlx-lm leaves out the bias that chooses the experts",
+    "gpt_oss": "mlx-lm only has it with MXFP4 experts",
+    "kimi_linear": _OTHER_SETTINGS,
+    "llama4_text": "mlx-lm only has it without experts",
+    "longcat_flash": _OTHER_NAMES,
+    "mimo_v2_flash": _OTHER_SETTINGS,
+    "minimax": "mlx-lm's class of this name is for minimax_m2",
+    "nanochat": _OTHER_NAMES,
+    "olmo": "mlx-lm needs the library hf_olmo",
+    "olmo_hybrid": _OTHER_NAMES,
+    "qwen3_5_moe": _OTHER_NAMES,
+    "qwen3_vl_moe": _OTHER_NAMES,
 }
-"""Architectures that are refused as transformers saves them; settings as in `DEFAULTS`."""
+"""Architectures that are refused as transformers saves them, and why."""
 
 LEFT_OUT = {
     "dbrx": "transformers 5.23 cannot build it",
-    "deepseek_v41": "only mlx-lm has it",
     "gemma3n": "its vision tower needs timm",
     "gemma4_unified": "not tried: its tiny form is not the released one",
     "kimi_k25": "text model inside a multimodal one: deepseek_v3",
@@ -266,7 +265,7 @@ _ROPES: dict[str, dict[str, Any]] = {
 }
 _SCALED = """afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 exaone_moe
     falcon_h1 gemma gemma2 glm glm4 glm4_moe glm4_moe_lite gpt_neox granite granitemoe
-    granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder lfm2 lfm2_moe llama longcat_flash
+    granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder lfm2 lfm2_moe llama
     minicpm3 minimax_m2 mistral mixtral nemotron olmo2 olmoe phi qwen2 qwen2_moe qwen3 qwen3_moe
     qwen3_next seed_oss smollm3 solar_open stablelm starcoder2""".split()  # noqa: SIM905 - a list of fifty lines is harder to read
 """Whose layers all have the same rotary embedding, of any type."""
@@ -298,7 +297,7 @@ ROPE_CASES: tuple[Case, ...] = (
     ),
     *(
         Case(architecture, "yarn_mscale", {"rope_parameters": _ROPES["yarn_mscale"]})
-        for architecture in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash")
+        for architecture in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
     ),
     *(
         Case(architecture, "by_layer", {"rope_parameters": _BY_LAYER})

@@ -25,8 +25,9 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".tools" / "reference" / "bin" / "python"
 PROMPT = tuple(int(token) for token in np.random.default_rng(0).integers(0, 256, 200))
 MAX_TOKENS = 8
-TOLERANCE = 2e-3
-"""Of the spread of torch's logits, for the worst of all; what rounding makes is 1e-5."""
+TOLERANCE = 3e-4
+"""Of the spread of torch's logits, for the worst of all: rounding makes 1e-5, and what some classes
+make of GELU, with tanh in place of the error function, 1e-4."""
 
 
 @dataclass(frozen=True)

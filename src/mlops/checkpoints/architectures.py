@@ -26,7 +26,7 @@ class ModelClass:
     Attributes:
         modules: of mlx-lm, its own and those that it is made of.
         settings: names that its configuration has.
-        required: those of them that have no default.
+        required: those of them without a default.
         reads: names that its layers read, of attributes and of keys.
         has_rope: its attention calls a module `rope`, which another may stand in for.
     """
@@ -45,7 +45,7 @@ def is_supported(config: Mapping[str, Any]) -> bool:
         MissingDependencyError: mlx-lm is not installed.
     """
     name = _remapped(config["model_type"], config.get("architectures"))
-    return name in _modules() and bool(_HAS_MODEL.search(_modules()[name]))
+    return name in _modules() and bool(_HAS_MODEL.search(_source(name)))
 
 
 def find_model_class(config: Mapping[str, Any]) -> ModelClass | None:
@@ -64,41 +64,59 @@ def _remapped(model_type: str, architectures: Any) -> str:
 
 
 @cache
-def _modules() -> dict[str, str]:
+def _modules() -> dict[str, Path]:
     """The sources in `mlx_lm.models`, by name."""
-    files = (_package_folder() / "models").glob("*.py")
-    return {file.stem: file.read_text(encoding="utf-8") for file in files}
+    return {file.stem: file for file in (_package_folder() / "models").glob("*.py")}
+
+
+@cache
+def _source(module: str) -> str:
+    return _modules()[module].read_text(encoding="utf-8")
 
 
 @cache
 def _model_class(name: str) -> ModelClass:
-    settings: dict[str, bool] = {}
+    settings: set[str] = set()
+    required: set[str] = set()
     reads: set[str] = set()
     sources, waiting = {}, [name]
     while waiting:
         module = waiting.pop()
         if module in sources or module in _HELPERS or module not in _modules():
             continue
-        sources[module] = _modules()[module]
-        for node in ast.walk(tree := ast.parse(sources[module])):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                waiting += [node.module] if node.module else [alias.name for alias in node.names]
+        sources[module] = _source(module)
+        tree = ast.parse(sources[module])
+        for imported in ast.walk(tree):
+            if isinstance(imported, ast.ImportFrom) and imported.level:
+                names = [alias.name for alias in imported.names]
+                waiting += [imported.module] if imported.module else names
         for node in tree.body:
-            is_arguments = isinstance(node, ast.ClassDef) and node.name.endswith(("Args", "Config"))
-            if is_arguments:
-                settings |= {
-                    field.target.id: settings.get(field.target.id, False) or field.value is None
-                    for field in node.body
-                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                }
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Args", "Config")):
+                fields = _fields(node)
+                settings |= fields.keys()
+                required |= {field for field, is_required in fields.items() if is_required}
             else:
                 reads |= _names(node)
     has_rope = any(
         _HAS_ROPE.search(source) and not _READS_INTO_ROPE.search(source)
         for source in sources.values()
     )
-    required = frozenset(name for name, is_required in settings.items() if is_required)
-    return ModelClass(frozenset(sources), frozenset(settings), required, frozenset(reads), has_rope)
+    return ModelClass(
+        modules=frozenset(sources),
+        settings=frozenset(settings),
+        required=frozenset(required),
+        reads=frozenset(reads),
+        has_rope=has_rope,
+    )
+
+
+def _fields(arguments: ast.ClassDef) -> dict[str, bool]:
+    """The names of a dataclass's fields, and whether each has to be given."""
+    return {
+        field.target.id: field.value is None
+        for field in arguments.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
 
 
 def _names(tree: ast.AST) -> set[str]:

@@ -96,20 +96,22 @@ def read_ropes(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Rope | 
     if not new and not old and all(config.get(name) is None for name in flat_names):
         return {}, []
     warnings: list[str] = []
+    entries: dict[str, dict[str, Any] | None]
     kind = str(config.get("model_type"))
-    nested = {name: value for name, value in new.items() if isinstance(value, dict)}
+    by_layer = _by_layer(path, config, new)
+    nested = {name: value for name, value in by_layer.items() if value is not None}
     if kind in _SLIDING_THETAS:
         given = nested or {"full_attention": new}
         full = {**given.get("full_attention", {}), **old}
-        entries = {"sliding_attention": given.get("sliding_attention", {}), "full_attention": full}
+        sliding = given.get("sliding_attention", {})
+        entries = {"sliding_attention": sliding, "full_attention": full}
     elif old:
         entries = {EVERY_LAYER: old}
     elif nested:
-        # None: layers of that type have no position embedding.
-        entries = {name: value for name, value in new.items() if isinstance(value, dict | None)}
+        entries = by_layer
     else:
         entries = {EVERY_LAYER: new}
-    ropes = {
+    ropes: dict[str, Rope | None] = {
         name: None if entry is None else _read(path, config, name, entry, warnings)
         for name, entry in entries.items()
     }
@@ -118,6 +120,21 @@ def read_ropes(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Rope | 
     if len(set(map(repr, ropes.values()))) == 1:
         ropes = {EVERY_LAYER: next(iter(ropes.values()))}
     return ropes, list(dict.fromkeys(warnings))
+
+
+def _by_layer(
+    path: Path, config: Mapping[str, Any], parameters: dict[str, Any]
+) -> dict[str, dict[str, Any] | None]:
+    """What of `rope_parameters` is for a type of layer; None: those have no rotary embedding."""
+    layers = config.get("layer_types")
+    labels = layers if isinstance(layers, list) else []
+    found = {}
+    for name, value in parameters.items():
+        if name in labels or name.endswith("attention"):
+            if not isinstance(value, dict | None):
+                raise _bad(path, f"rope_parameters.{name[:80]}", value, "an object")
+            found[name] = value
+    return found
 
 
 def frequencies(rope: Rope, dims: int) -> tuple[list[float], float]:
@@ -150,7 +167,7 @@ def _llama3(value: float, settings: Mapping[str, Any]) -> float:
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     num_turns = length / (2 * math.pi * value)
     smooth = min(max((num_turns - low) / (high - low), 0.0), 1.0)
-    return value / ((1 - smooth) / factor + smooth)
+    return float(value / ((1 - smooth) / factor + smooth))
 
 
 def _yarn(rope: Rope, dims: int, plain: list[float]) -> list[float]:
@@ -177,7 +194,7 @@ def _yarn_attention(settings: Mapping[str, Any]) -> float:
     scale, all_dims = settings.get("mscale"), settings.get("mscale_all_dim")
     growth = 0.1 * math.log(max(settings["factor"], 1.0))
     if scale and all_dims:
-        return (growth * scale + 1) / (growth * all_dims + 1)
+        return float((growth * scale + 1) / (growth * all_dims + 1))
     return growth + 1
 
 
@@ -193,7 +210,8 @@ def _read(
     path: Path, config: Mapping[str, Any], layers: str, entry: dict[str, Any], warnings: list[str]
 ) -> Rope:
     kind = str(config.get("model_type"))
-    names, default = _THETA_NAMES, _THETAS.get(kind, 10_000.0)
+    names: tuple[str, ...] = _THETA_NAMES
+    default = _THETAS.get(kind, 10_000.0)
     if layers == "sliding_attention" and kind in _SLIDING_THETAS:
         name, default = _SLIDING_THETAS[kind]
         names = (name,) if name else ()

@@ -164,8 +164,10 @@ def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
     given = config.get("layers_block_type") or config.get("layer_types")
     if isinstance(given, list) and all(isinstance(entry, str) for entry in given):
         renamed[name] = [types.get(entry, entry) for entry in given]
+    required = kind.required | ({"head_dim"} if config.get("model_type") == "falcon_h1" else set())
+    missing = {name for name in required if config.get(name) is None}
     for name, derive in (_DERIVED | _FOLLOWS).items():
-        value = derive(config) if name in _FOLLOWS or name not in config else None
+        value = derive(config) if name in missing or name in _FOLLOWS else None
         if value is not None:
             renamed[name] = value
     return renamed
@@ -197,7 +199,7 @@ def _mamba_width(config: Mapping[str, Any]) -> int | None:
     return hidden * expand if type(hidden) is type(expand) is int else None
 
 
-def _time_step_limit(config: Mapping[str, Any]) -> list[float] | None:
+def _time_step_limit(config: Mapping[str, Any]) -> list[Any] | None:
     """Of nemotron_h: transformers only looks at the lower bound."""
     lowest = config.get("time_step_min")
     is_read = config.get("model_type") == "nemotron_h" and isinstance(lowest, float)
@@ -216,14 +218,15 @@ def _of_full_layers(name: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 _DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "global_head_dim": _of_full_layers("head_dim"),
     "head_dim": _head_dim,
     "intermediate_size": _mamba_width,
     "is_moe_layer": _is_moe_layer,
 }
-"""Settings that transformers 5 doesn't write, because they follow from others."""
+"""Settings that mlx-lm requires and transformers doesn't write: they follow from others."""
 
 _FOLLOWS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "global_head_dim": _of_full_layers("head_dim"),
+    "num_global_key_value_heads": _of_full_layers("num_key_value_heads"),
     "sliding_window_pattern": _sliding_window_pattern,
     "time_step_limit": _time_step_limit,
 }

@@ -19,7 +19,7 @@ _ALWAYS_TRADITIONAL = frozenset({"DeepseekV2YarnRotaryEmbedding"})
 """Classes of mlx-lm that rotate neighbours, and have no attribute that says so."""
 
 
-class ScaledRoPE(nn.Module):
+class ScaledRoPE(nn.Module):  # type: ignore[misc]
     """Rotates the first `dims` numbers of each head by angles of given wavelengths.
 
     Args:
@@ -35,7 +35,7 @@ class ScaledRoPE(nn.Module):
         self.dims = dims
         self.traditional = traditional
         self.scale = scale
-        self._wavelengths = mx.array(wavelengths, dtype=mx.float32)
+        self._wavelengths = mx.array(list(wavelengths), dtype=mx.float32)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate `x`, (rows, heads, tokens, head); `offset` is the first token's position."""
@@ -69,15 +69,12 @@ def set_ropes(model: Any, ropes: Sequence[Rope | None]) -> None:
     num_replaced = 0
     for layer, rope in zip(layers, ropes, strict=True):
         for module in layer.modules():
-            if rope is not None and _has_rope(module):
-                _replace(module, rope)
+            dims = _dims(module.get("rope"))
+            if rope is not None and dims is not None:
+                _replace(module, rope, rope.dims or dims)
                 num_replaced += 1
     if not num_replaced:
         raise ValueError("none of its layers has a rotary embedding")
-
-
-def _has_rope(module: nn.Module) -> bool:
-    return _dims(module.get("rope")) is not None
 
 
 def _dims(rope: Any) -> int | None:
@@ -88,9 +85,8 @@ def _dims(rope: Any) -> int | None:
     return 2 * rope._freqs.size if hasattr(rope, "_freqs") else None
 
 
-def _replace(attention: nn.Module, rope: Rope) -> None:
+def _replace(attention: nn.Module, rope: Rope, dims: int) -> None:
     old = attention.rope
-    dims = rope.dims or _dims(old)
     traditional = bool(getattr(old, "traditional", type(old).__name__ in _ALWAYS_TRADITIONAL))
     wavelengths, scale = frequencies(rope, dims)
     attention.rope = ScaledRoPE(dims, wavelengths, scale, traditional)
