@@ -332,6 +332,15 @@ ROPE_CASES: tuple[Case, ...] = (
             "rope_parameters": _LONGROPE,
         },
     ),
+    Case(
+        "exaone4",
+        "no_window",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 4,
+            "rope_parameters": _ROPES["theta"],
+        },
+    ),
     Case("llama", "longrope", {"rope_parameters": _LONGROPE}),
     Case(
         "phimoe",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sweep_cases import LEFT_OUT
+from sweep_cases import LEFT_OUT, REFUSED
 from sweep_references import PROMPT, Reference, compare
 
 import tiny_models
@@ -54,10 +54,10 @@ def measure(architecture: str, references: Sequence[Reference], folder: Path) ->
     )
 
 
-def left_out_rows() -> list[Row]:
-    return [
-        Row(architecture, f"not compared: {reason}") for architecture, reason in LEFT_OUT.items()
-    ]
+def other_rows() -> list[Row]:
+    """Of the architectures that there is nothing to measure of."""
+    refused = [Row(name, f"refused: {reason}") for name, reason in REFUSED.items()]
+    return refused + [Row(name, f"not compared: {reason}") for name, reason in LEFT_OUT.items()]
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -116,7 +116,7 @@ def _linears(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and any(part.isdigit() for part in name.split("."))
-        and name.rpartition(".")[2] not in ("gate", "router", "shared_expert_gate")
+        and not {"gate", "router", "shared_expert_gate"} & set(name.split("."))
     }
 
 

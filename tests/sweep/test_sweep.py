@@ -47,6 +47,14 @@ def test_a_sample_computes_what_torch_computes(sample: dict[Case, Reference], na
 
 
 @needs_torch
+def test_the_context_ends_before_longrope_has_other_factors(
+    sample: dict[Case, Reference],
+) -> None:
+    folder = next(ref.folder for case, ref in sample.items() if str(case) == "phi3-longrope")
+    assert load_model(folder).context_tokens == 256
+
+
+@needs_torch
 def test_the_page_is_right_about_the_sample(sample: dict[Case, Reference], tmp_path: Path) -> None:
     for case, reference in sample.items():
         if case.name == "default":

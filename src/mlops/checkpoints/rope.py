@@ -333,7 +333,7 @@ def _warn_of_both(new: Mapping[str, Any], rope: Rope, warnings: list[str]) -> No
         used = rope.as_parameters.get(name)
         if name != "type" and value != used:
             warnings.append(
-                f"config.json has both rope_scaling and rope_parameters, which says that {name} is "
+                f"config.json has both rope_scaling and rope_parameters, where {name[:80]!r} is "
                 f"{str(value)[:80]!r}: it is {str(used)[:80]!r}, as rope_scaling wins in "
                 "transformers"
             )

@@ -137,6 +137,7 @@ def _translate(path: Path, config: Mapping[str, Any], kind: ModelClass | None) -
     if kind is None:
         return Translation({}, (), ())
     _refuse_otherwise(path, config)
+    _refuse_irregular_layers(path, config, kind)
     ropes, warnings = read_ropes(path, config)
     _check_types(path, config, ropes, kind)
     wanted = _renamed(config, kind)
@@ -170,6 +171,8 @@ def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
         value = derive(config) if name in missing or name in _FOLLOWS else None
         if value is not None:
             renamed[name] = value
+    if "sliding_window_pattern" in kind.required and config.get("sliding_window") is None:
+        renamed["sliding_window_pattern"] = None
     return renamed
 
 
@@ -186,6 +189,23 @@ def _sliding_window_pattern(config: Mapping[str, Any]) -> int | str | None:
     if config.get("model_type") in {"exaone4", "exaone_moe"}:
         return "".join("L" if name == "sliding_attention" else "G" for name in layers)
     return layers.index("full_attention") + 1
+
+
+def _refuse_irregular_layers(path: Path, config: Mapping[str, Any], kind: ModelClass) -> None:
+    """Some classes only know that every so many layers there is one that is full."""
+    layers, pattern = config.get("layer_types"), _sliding_window_pattern(config)
+    knows_each = "layer_types" in kind.settings or "sliding_window_pattern" not in kind.settings
+    if knows_each or not isinstance(layers, list) or isinstance(pattern, str):
+        return
+    for number, name in enumerate(layers, 1):
+        if pattern is None or (number % pattern == 0) != (name == "full_attention"):
+            raise refusal(
+                f"layer_types in config.json of {path} do not repeat sliding layers and one full "
+                f"layer, which is all that mlx-lm computes for {config.get('model_type')}; serve "
+                "it with transformers",
+                path,
+                setting="layer_types",
+            )
 
 
 def _is_moe_layer(config: Mapping[str, Any]) -> list[bool] | None:
@@ -237,8 +257,8 @@ def _refuse_otherwise(path: Path, config: Mapping[str, Any]) -> None:
     applies, reason = _OTHERWISE.get(str(config.get("model_type")), (lambda _: False, ""))
     if applies(config):
         raise refusal(
-            f"mlx-lm's class for {config.get('model_type')} {reason}, so {path} would be answered "
-            "wrongly; serve it with transformers",
+            f"{path} cannot be served: mlx-lm's class for {config.get('model_type')} {reason}; "
+            "serve it with transformers",
             path,
             architecture=config.get("model_type"),
         )

@@ -132,7 +132,7 @@ def test_who_wins_is_said() -> None:
         rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
     )
     assert objects.ropes == (Rope(1e4, "linear", settings={"factor": 2.0}),)
-    assert any("rope_theta is '500000.0': it is '10000.0'" in text for text in objects.warnings)
+    assert any("'rope_theta' is '500000.0': it is '10000.0'" in text for text in objects.warnings)
     assert not told(rope_theta=1e4, rope_parameters={"rope_theta": 1e4}).warnings
 
 
@@ -192,6 +192,16 @@ def test_what_mlx_lm_computes_otherwise_is_refused_by_name(
 ) -> None:
     with pytest.raises(PackagingError, match=message):
         told(**settings)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "cohere2"])
+def test_layers_that_mlx_lm_cannot_tell_apart_are_refused(kind: str) -> None:
+    sliding, full = "sliding_attention", "full_attention"
+    regular = told(model_type=kind, layer_types=[sliding, full, sliding, full, sliding])
+    assert regular.model_config["sliding_window_pattern"] == 2
+    for layers in ([sliding, sliding], [sliding, full, full], [full, sliding]):
+        with pytest.raises(PackagingError, match="do not repeat sliding layers and one full"):
+            told(model_type=kind, layer_types=layers)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "proportional"])
