@@ -47,7 +47,7 @@ class Case:
     @property
     def settings(self) -> dict[str, Any]:
         """With what its architecture needs; of a model that also sees, those of its text part."""
-        settings = DEFAULTS.get(self.architecture) or {}
+        settings = DEFAULTS.get(self.architecture) or _REFUSED_SIZES.get(self.architecture, {})
         if "text_config" not in settings:
             return settings | self.config
         return settings | {"text_config": settings["text_config"] | self.config}
@@ -228,10 +228,19 @@ REFUSED = {
 }
 """Architectures that are refused as transformers saves them, and why."""
 
+_REFUSED_SIZES: dict[str, dict[str, Any]] = {
+    "longcat_flash": _LATENT | {"zero_expert_num": 2, "num_layers": 2},
+    "qwen3_5_moe": {"text_config": _GATED_DELTA, "vision_config": _QWEN_VISION},
+    "qwen3_vl_moe": {
+        "text_config": {"rope_parameters": _MROPE},
+        "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
+    },
+}
+
 LEFT_OUT = {
     "dbrx": "transformers 5.23 cannot build it",
     "gemma3n": "its vision tower needs timm",
-    "gemma4_unified": "not tried: its tiny form is not the released one",
+    "gemma4_unified": "no tiny form of it has been made",
     "kimi_k25": "text model inside a multimodal one: deepseek_v3",
     "muse_glimmer": "its vision weights have other names in mlx-lm",
     "muse_spark": "its audio tower cannot be made tiny",
