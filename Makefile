@@ -16,7 +16,7 @@ export CALLER_PATH := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
-.PHONY: help setup reference demo demo-ray serve wheel test attack check format bench bench-ray docs lock clean
+.PHONY: help setup reference demo demo-ray serve wheel test sweep attack check format bench bench-ray docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
@@ -42,6 +42,9 @@ wheel: setup ## a wheel in dist, to install on another machine
 
 test: setup reference ## all tests, in two processes
 	@python -m pytest -n 2
+
+sweep: setup reference ## every architecture compared with torch; writes the table in docs/models.md
+	@SWEEP_PAGE=write python -m pytest -m sweep tests/sweep
 
 attack: setup ## the attacks on services and stores, the long ones too; they stay on loopback
 	@python -m pytest -m attacks tests/attacks

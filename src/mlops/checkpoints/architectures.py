@@ -6,14 +6,36 @@ import ast
 import importlib.util
 import re
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlops.errors import MissingDependencyError
 
+_HELPERS = frozenset({"base", "cache", "rope_utils", "switch_layers", "pipeline"})
+_HAS_ROPE = re.compile(r"self\.rope = ")
+_READS_INTO_ROPE = re.compile(r"self\.rope\.")
 _HAS_MODEL = re.compile(r"^class Model\b|^from \S+ import .*\bModel\b|^Model\s*=", re.MULTILINE)
-_SIBLING = re.compile(r"^from \.(\w+) import|^from \. import (\w+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """What mlx-lm's class for an architecture reads of `config.json`, by its source.
+
+    Attributes:
+        modules: of mlx-lm, its own and those that it is made of.
+        settings: names that its configuration has.
+        required: those of them without a default.
+        reads: names that its layers read, of attributes and of keys.
+        has_rope: its attention calls a module `rope`, which another may stand in for.
+    """
+
+    modules: frozenset[str]
+    settings: frozenset[str]
+    required: frozenset[str]
+    reads: frozenset[str]
+    has_rope: bool
 
 
 def is_supported(config: Mapping[str, Any]) -> bool:
@@ -23,7 +45,13 @@ def is_supported(config: Mapping[str, Any]) -> bool:
         MissingDependencyError: mlx-lm is not installed.
     """
     name = _remapped(config["model_type"], config.get("architectures"))
-    return bool(_HAS_MODEL.search(_source(_package_folder(), name)))
+    return name in _modules() and bool(_HAS_MODEL.search(_source(name)))
+
+
+def find_model_class(config: Mapping[str, Any]) -> ModelClass | None:
+    """What mlx-lm's class reads, its base classes and parts included; None without such a class."""
+    name = _remapped(str(config.get("model_type")), config.get("architectures"))
+    return _model_class(name) if name in _modules() else None
 
 
 def source_mentions(config: Mapping[str, Any], word: str) -> bool:
@@ -31,25 +59,8 @@ def source_mentions(config: Mapping[str, Any], word: str) -> bool:
 
     What it imports from other architectures counts: `kimi_k25` is `deepseek_v3` inside.
     """
-    package = _package_folder()
-    pending, seen = [_remapped(config["model_type"], config.get("architectures"))], set[str]()
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            source = _source(package, name)
-            if word in source:
-                return True
-            pending += [one or other for one, other in _SIBLING.findall(source)]
-    return False
-
-
-@lru_cache(maxsize=64)  # names come from hostile files
-def _source(package: Path, name: str) -> str:
-    """Of one module of `mlx_lm.models`; empty when there is none of that name."""
-    files = (package / "models").iterdir()
-    module = next((file for file in files if file.name == f"{name}.py"), None)
-    return "" if module is None else module.read_text(encoding="utf-8")
+    found = find_model_class(config)
+    return found is not None and any(word in _source(module) for module in found.modules)
 
 
 def _remapped(model_type: str, architectures: Any) -> str:
@@ -59,6 +70,68 @@ def _remapped(model_type: str, architectures: Any) -> str:
         if found := by_architecture.get((model_type, str(architecture))):
             return found
     return by_type.get(model_type, model_type)
+
+
+@cache
+def _modules() -> dict[str, Path]:
+    """The sources in `mlx_lm.models`, by name."""
+    return {file.stem: file for file in (_package_folder() / "models").glob("*.py")}
+
+
+@cache
+def _source(module: str) -> str:
+    return _modules()[module].read_text(encoding="utf-8")
+
+
+@cache
+def _model_class(name: str) -> ModelClass:
+    settings: set[str] = set()
+    required: set[str] = set()
+    reads: set[str] = set()
+    sources, waiting = {}, [name]
+    while waiting:
+        module = waiting.pop()
+        if module in sources or module in _HELPERS or module not in _modules():
+            continue
+        sources[module] = _source(module)
+        tree = ast.parse(sources[module])
+        for imported in ast.walk(tree):
+            if isinstance(imported, ast.ImportFrom) and imported.level:
+                names = [alias.name for alias in imported.names]
+                waiting += [imported.module] if imported.module else names
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Args", "Config")):
+                fields = _fields(node)
+                settings |= fields.keys()
+                required |= {field for field, is_required in fields.items() if is_required}
+            else:
+                reads |= _names(node)
+    has_rope = any(
+        _HAS_ROPE.search(source) and not _READS_INTO_ROPE.search(source)
+        for source in sources.values()
+    )
+    return ModelClass(
+        modules=frozenset(sources),
+        settings=frozenset(settings),
+        required=frozenset(required),
+        reads=frozenset(reads),
+        has_rope=has_rope,
+    )
+
+
+def _fields(arguments: ast.ClassDef) -> dict[str, bool]:
+    """The names of a dataclass's fields, and whether each has to be given."""
+    return {
+        field.target.id: field.value is None
+        for field in arguments.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
+
+
+def _names(tree: ast.AST) -> set[str]:
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return found | {value for value in constants if isinstance(value, str)}
 
 
 @cache

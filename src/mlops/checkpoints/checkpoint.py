@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.checkpoints.pooling import Pooling
+from mlops.checkpoints.rope import Rope
 from mlops.counts import count
 
 
@@ -200,6 +201,8 @@ class Checkpoint:
             layer has; the names in `tensors` have it.
         model_config: what mlx-lm is given in place of what `config.json` says, where it would not
             read that: the same settings by the names that it knows.
+        ropes: rotary embeddings that mlx-lm cannot be told of, of each layer (None: the layer keeps
+            its own), or one for all; empty when mlx-lm's are right.
         files: names relative to `path` of all that it consists of, sorted: what is checked, hashed,
             stored and loaded. Empty when that is every file there.
         left_out: names of what else lies in the folder, sorted.
@@ -226,6 +229,7 @@ class Checkpoint:
     pooling: Pooling | None = None
     is_headless: bool = False
     model_config: Mapping[str, Any] = field(default_factory=dict)
+    ropes: tuple[Rope | None, ...] = ()
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.quantization import describe_quantization, read_quantization
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
+from mlops.checkpoints.translation import translate
 from mlops.counts import count
 
 INDEX = "model.safetensors.index.json"
@@ -60,6 +61,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
+    translation = translate(path, config)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
     has_tokenizer = any(name in files for name in _TOKENIZERS) or any(
@@ -84,8 +86,9 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         config=config,
         pooling=read_pooling(config, files),
         is_headless=is_headless,
-        model_config=quantization.model_config,
-        warnings=quantization.warnings,
+        model_config={**quantization.model_config, **translation.model_config},
+        ropes=translation.ropes,
+        warnings=(*quantization.warnings, *translation.warnings),
     )
 
 

@@ -47,6 +47,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
             architecture needs.
     """
     from mlops.engine.mlx_lm import load_model
+    from mlops.engine.rope import set_ropes
 
     settings = dict(checkpoint.model_config)
     if checkpoint.is_headless:
@@ -54,17 +55,19 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
         settings["tie_word_embeddings"] = True
     build = _Build(checkpoint)
     try:
-        return load_model(
+        model, config = load_model(
             checkpoint.path,
             lazy=True,
             trust_remote_code=False,
             model_config=settings,
             get_model_classes=build.find_classes,
         )
+        set_ropes(model, checkpoint.ropes)
     except PackagingError:
         raise
     except Exception as exc:
         raise build.explain(exc) from exc
+    return model, config
 
 
 class _Build:
@@ -86,8 +89,7 @@ class _Build:
         class Model(model_class):
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 build.has_model = True
-                if build.checkpoint.is_headless:
-                    weights = {f"model.{name}": array for name, array in weights.items()}
+                weights = {build.rename(name): array for name, array in weights.items()}
                 inherited = getattr(super(), "sanitize", None)
                 weights = inherited(weights) if inherited else weights
                 build.check_packing(self, weights)
@@ -99,6 +101,15 @@ class _Build:
 
         Model.__module__ = model_class.__module__
         return Model, args_class
+
+    def rename(self, name: str) -> str:
+        """A tensor's name as mlx-lm's class has it, where the file has another."""
+        if self.checkpoint.is_headless:
+            return f"model.{name}"
+        if self.checkpoint.architecture == "gpt2":
+            # mlx-lm knows the names of the first GPT-2 only; Transformers writes a prefix.
+            return name.removeprefix("transformer.")
+        return name
 
     def check_packing(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
         """Refuse scales that MLX would divide by zero for, which ends the process."""

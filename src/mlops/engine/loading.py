@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
+from mlops.checkpoints.translation import CONTEXT_TOKENS
 from mlops.engine.batching import Trial, try_out
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
@@ -82,7 +83,9 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        return find_size(self.config, "max_position_embeddings", "n_positions", "n_ctx")
+        return find_size(
+            self.config, CONTEXT_TOKENS, "max_position_embeddings", "n_positions", "n_ctx"
+        )
 
     @property
     def vocabulary_size(self) -> int | None:

@@ -203,7 +203,6 @@ def test_a_config_that_does_not_match(model: Path, changes: dict[str, Any], prob
         {"head_dim": "4"},
         {"architectures": [["x"], 1]},
         {"architectures": "LlamaForCausalLM"},
-        {"rope_theta": float("inf")},
     ],
 )
 def test_odd_values_break_nothing(model: Path, changes: dict[str, Any]) -> None:
