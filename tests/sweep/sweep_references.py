@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sweep_cases import SIZES, Case
 
 import tiny_models
 from mlops.engine.loading import LoadedModel
 from mlops.engine.owner import run_in_owner
-from sweep_cases import SIZES, Case
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".tools" / "reference" / "bin" / "python"
@@ -115,9 +115,8 @@ def compare(loaded: LoadedModel, reference: Reference) -> Comparison:
     spread = reference.logits.max() - reference.logits.min()
     error = np.abs(logits - reference.logits).max() / spread
     same = logits.argmax(axis=-1) == reference.logits.argmax(axis=-1)
-    return Comparison(
-        float(np.nan_to_num(error, nan=np.inf)), same.mean(), tokens == reference.tokens
-    )
+    error = float(np.nan_to_num(error, nan=np.inf))
+    return Comparison(error, float(same.mean()), tokens == reference.tokens)
 
 
 def _compute(model: Any) -> tuple[Any, tuple[int, ...]]:

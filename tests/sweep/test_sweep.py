@@ -7,10 +7,10 @@ it is packaged.
 from __future__ import annotations
 
 import pytest
-
-from mlops.engine.loading import load_model
 from sweep_cases import CASES, Case
 from sweep_references import PYTHON, Reference, compare, make_references
+
+from mlops.engine.loading import load_model
 
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="torch and transformers are not in .tools/reference: make reference"

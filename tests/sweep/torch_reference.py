@@ -1,10 +1,10 @@
 """Run by `.tools/reference`'s Python: what transformers and torch compute. It knows nothing of MLX.
 
-Reads a JSON list of jobs, each a `folder` to write a tiny random model to, its `model_type`, `sizes`
-(settings that the configuration is given as far as its class has them) and `config` (settings that
-it is given in any case). Writes, for each job N, into one `.npz`: `logits-N` (tokens, vocabulary),
-float32, and `tokens-N`, which greedy decoding adds; or `error-N`, a sentence, where transformers
-makes no such model.
+Reads a JSON list of jobs, each a `folder` to write a tiny random model to, its `model_type`,
+`sizes` (settings that the configuration is given as far as its class has them) and `config`
+(settings that it is given in any case). Writes, for each job N, into one `.npz`: `logits-N`
+(tokens, vocabulary), float32, and `tokens-N`, which greedy decoding adds; or `error-N`, a sentence,
+where transformers makes no such model.
 
 Usage: torch_reference.py JOBS.json RESULTS.npz
 """
@@ -21,7 +21,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 GAIN = 1.4
-"""Standard deviation of what a layer makes of inputs of 1: logits and attention tell cases apart."""
+"""Standard deviation of what a layer makes of inputs of 1, so that attention is not nearly even."""
 
 
 def main(jobs_file: str, results_file: str) -> None:
@@ -29,7 +29,7 @@ def main(jobs_file: str, results_file: str) -> None:
     for number, job in enumerate(json.loads(Path(jobs_file).read_text(encoding="utf-8"))):
         try:
             logits, tokens = compute(job)
-        except Exception as exc:  # noqa: BLE001 - said in the table
+        except Exception as exc:
             message = " ".join(f"{type(exc).__name__}: {exc}".split())
             results[f"error-{number}"] = np.array(message[:300])
             print(f"{job['model_type']}: {message}", file=sys.stderr)
