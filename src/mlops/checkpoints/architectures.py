@@ -21,12 +21,23 @@ def is_supported(config: Mapping[str, Any]) -> bool:
     Raises:
         MissingDependencyError: mlx-lm is not installed.
     """
-    name = _remapped(config["model_type"], config.get("architectures"))
-    module = next(
-        (file for file in (_package_folder() / "models").iterdir() if file.name == f"{name}.py"),
-        None,
-    )
+    name = module_name(config)
+    module = next((file for file in models_folder().iterdir() if file.name == f"{name}.py"), None)
     return module is not None and bool(_HAS_MODEL.search(module.read_text(encoding="utf-8")))
+
+
+def module_name(config: Mapping[str, Any]) -> str:
+    """The module of `mlx_lm.models` that is used for it, whether or not there is one."""
+    return _remapped(config["model_type"], config.get("architectures"))
+
+
+def models_folder() -> Path:
+    """Where mlx-lm's model classes are.
+
+    Raises:
+        MissingDependencyError: mlx-lm is not installed.
+    """
+    return _package_folder() / "models"
 
 
 def _remapped(model_type: str, architectures: Any) -> str:

@@ -18,6 +18,7 @@ from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
 from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.settings import honour_settings
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.counts import count
 
@@ -57,6 +58,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
+    honoured = honour_settings(path, config, tensors)
     quantization = _quantization(config)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
@@ -80,6 +82,9 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         config=config,
         pooling=read_pooling(config, files),
         is_headless=is_headless,
+        model_config=honoured.model_config,
+        max_context_tokens=honoured.max_context_tokens,
+        warnings=honoured.warnings,
     )
 
 

@@ -82,7 +82,9 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        return self._find_integer("max_position_embeddings", "n_positions", "n_ctx")
+        found = self._find_integer("max_position_embeddings", "n_positions", "n_ctx")
+        limits = [limit for limit in (found, self.checkpoint.max_context_tokens) if limit]
+        return min(limits, default=None)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -176,13 +178,11 @@ def _load(
 def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     from mlops.engine.mlx_lm import load_model as load_mlx_model
 
-    further: dict[str, Any] = {}
+    further: dict[str, Any] = {"model_config": dict(checkpoint.model_config)}
     if checkpoint.is_headless:
         # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
-        further = {
-            "get_model_classes": _headless_classes,
-            "model_config": {"tie_word_embeddings": True},
-        }
+        further["get_model_classes"] = _headless_classes
+        further["model_config"]["tie_word_embeddings"] = True
     try:
         # Lazy: weights are read when they are laid out, one layer after the other.
         model, config = load_mlx_model(
