@@ -134,8 +134,6 @@ class Checkpoint:
             layer has; the names in `tensors` have it.
         model_config: what mlx-lm is given in place of what `config.json` says, where it would not
             read that: the same settings by the names that it knows.
-        max_context_tokens: the most tokens of prompt and answer together with which mlx-lm computes
-            what the model was trained with; None where only the configuration limits them.
         files: names relative to `path` of all that it consists of, sorted: what is checked, hashed,
             stored and loaded. Empty when that is every file there.
         left_out: names of what else lies in the folder, sorted.
@@ -162,7 +160,6 @@ class Checkpoint:
     pooling: Pooling | None = None
     is_headless: bool = False
     model_config: Mapping[str, Any] = field(default_factory=dict)
-    max_context_tokens: int | None = None
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

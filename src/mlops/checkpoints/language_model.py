@@ -83,7 +83,6 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         pooling=read_pooling(config, files),
         is_headless=is_headless,
         model_config=honoured.model_config,
-        max_context_tokens=honoured.max_context_tokens,
         warnings=honoured.warnings,
     )
 

@@ -22,8 +22,11 @@ from mlops.checkpoints.setting_sources import UNKNOWN, Settings
 from mlops.checkpoints.setting_values import impossible_values
 from mlops.counts import count
 
+CONTEXT_TOKENS = "max_context_tokens"
+"""Our own key in `model_config`: the most tokens that are computed as they were trained."""
+
 HARMLESS = re.compile(
-    r"_.*|.*(dropout|pdrop|_drop).*|.*initializer.*|.*init_(std|method|scale|scheme|floor).*"  # training
+    r"max_context_tokens|_.*|.*(dropout|pdrop|_drop).*|.*initializer.*|.*init_(std|method|scale|scheme|floor).*"  # training
     r"|.*(aux_loss|_loss|z_loss|jitter|regulari).*|.*_init|output_\w+|return_dict\w*"
     r"|rescale_prenorm_residual|time_step_(min|max|floor|scale|init_scheme)|gradient_checkpointing"
     r"|linear_(a_log|dt)_(min|max)|w_init_variance_scale|final_w_init_variance_scale|seq_aux"
@@ -57,8 +60,7 @@ ROTARY = re.compile(
 IN_TENSORS = re.compile(
     r"head_dim|.*_head_dim|num_(key_value|attention)_heads|.*_heads|n_inner|.*_width|.*(hidden|inter"
     r"mediate)_size|.*_rank|(mamba_)?expand|num_(local_)?experts|n_routed_experts|n_shared_experts"
-    r"|.*conv_kernel\w*|d_\w+|mlp_layer_types|moe_layers|linear_\w+|mlp_only_layers|qk_head_dim"
-    r"|decoder_sparse_step"
+    r"|.*conv_kernel\w*|d_\w+|mlp_layer_types|moe_layers|linear_\w+|qk_head_dim"
 )
 """They say which tensors there are, and of which shape: mlx-lm loads no others than it computes."""
 
@@ -103,11 +105,21 @@ _WINDOWS = frozenset(
 COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
     # Written in one published configuration where `sigmoid` is meant.
     ("dots1", "scoring_func"): ("noaux_tc", "sigmoid"),
+    # Read, and then the weights are taken apart as if it were set.
+    ("gpt_bigcode", "multi_query"): (True,),
+    # It always has these tensors.
+    ("phimoe", "attention_bias"): (True,),
+    ("phimoe", "lm_head_bias"): (True,),
+    # Read, and the groups are normalised as one.
+    ("mamba2", "n_groups"): (1,),
+    # Read, and the output layer is wanted nevertheless.
+    ("helium", "tie_word_embeddings"): (False,),
 }
-"""The values with which mlx-lm's module computes the same, where they are not the defaults."""
+"""The values with which mlx-lm's module computes the same, where its source does not say them."""
 
 DERIVED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
     ("gpt2", "n_ctx"): lambda it: it.get("n_positions"),
+    ("gpt_bigcode", "n_inner"): lambda it: 4 * it.get("n_embd", 0),
     ("lfm2", "block_dim"): lambda it: it.get("hidden_size"),
     # Read by no line of the model.
     ("mamba2", "intermediate_size"): lambda it: it.get("hidden_size"),
@@ -129,6 +141,18 @@ DERIVED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
     ("kimi_linear", "linear_attn_config"): lambda it: _linear_attention(it),
 }
 """Settings that mlx-lm's module needs and transformers writes by another name, or not at all."""
+
+
+OVERRULED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
+    ("falcon_h1", "attention_in_multiplier"): lambda it: (
+        it.get("attention_in_multiplier", 1.0) * it.get("key_multiplier", 1.0) ** 0.5
+    ),
+    ("falcon_h1", "attention_out_multiplier"): lambda it: (
+        it.get("attention_out_multiplier", 1.0) * it.get("attention_in_multiplier", 1.0)
+    ),
+}
+"""Settings that mlx-lm applies elsewhere than transformers. Of falcon_h1 it scales queries and keys
+by `attention_in_multiplier`, values not, and leaves `key_multiplier` out."""
 
 
 def _sparse_layers(settings: Mapping[str, Any]) -> list[bool] | None:
@@ -155,13 +179,12 @@ class Honoured:
     """What comes of the settings.
 
     Attributes:
-        model_config: what mlx-lm is given in place of what `config.json` says.
-        max_context_tokens: where mlx-lm's model begins to compute something else, or None.
+        model_config: what mlx-lm is given in place of what `config.json` says, and under
+            `CONTEXT_TOKENS` where its model begins to compute something else.
         warnings: what its user should know, a sentence each.
     """
 
     model_config: Mapping[str, Any]
-    max_context_tokens: int | None
     warnings: tuple[str, ...]
 
 
@@ -185,12 +208,11 @@ def honour_settings(path: Path, config: Mapping[str, Any], tensor_names: Iterabl
     for problem in (attention.problem, *_not_computed(language_model)):
         if problem:
             raise _refuse(path, problem)
-    told |= attention.told
-    return Honoured(
-        language_model.as_model_config(told),
-        attention.max_context_tokens,
-        (*attention.warnings, *_unread(language_model)),
-    )
+    model_config = language_model.as_model_config(told | attention.told)
+    limits = (attention.max_context_tokens, config.get(CONTEXT_TOKENS))
+    if given := [limit for limit in limits if isinstance(limit, int)]:
+        model_config[CONTEXT_TOKENS] = min(given)
+    return Honoured(model_config, (*attention.warnings, *_unread(language_model)))
 
 
 def _types(model: LanguageModel) -> dict[str, frozenset[str]]:
@@ -199,6 +221,7 @@ def _types(model: LanguageModel) -> dict[str, frozenset[str]]:
     return {
         name: model.mlx_lm.fields[name].types | (known[name].types if name in known else set())
         for name in model.mlx_lm.read
+        if not ROTARY.fullmatch(name)
     }
 
 
@@ -268,6 +291,9 @@ def _told(model: LanguageModel, has_output_layer: bool) -> Iterator[tuple[str, A
     for name, value in model.settings.items():
         if name in model.mlx_lm.read and (number := _as_number(value)) != value:
             yield name, number
+    for (module, name), derive in OVERRULED.items():
+        if module == model.module and (value := derive(model.settings)) != model.value(name):
+            yield name, value
     for name in sorted(model.mlx_lm.fields.keys() - {"model_type", "text_config", *_WINDOWS}):
         if ROTARY.fullmatch(name) or model.settings.get(name) is not None:
             continue
@@ -302,7 +328,7 @@ def _left_out(model: LanguageModel, name: str, has_output_layer: bool) -> Any:
         if name not in settings and (default := transformers.default(name)) is not None:
             return default
     heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
-    is_needed = model.mlx_lm.fields[name].default is UNKNOWN or name in settings
+    is_needed = model.mlx_lm.fields[name].default is not None or name in settings
     if name == "num_key_value_heads" and is_needed:
         return heads
     if name == "head_dim" and is_needed and isinstance(hidden, int) and isinstance(heads, int):
@@ -310,7 +336,7 @@ def _left_out(model: LanguageModel, name: str, has_output_layer: bool) -> Any:
     if derive := DERIVED.get((model.module, name)):
         return derive(settings)
     if name.endswith("_bias") and transformers and name not in transformers.fields:
-        return False if is_needed else None
+        return False if model.mlx_lm.fields[name].default is UNKNOWN else None
     layers = settings.get("mlp_layer_types")
     if name == "first_k_dense_replace" and isinstance(layers, list):
         return next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
@@ -332,15 +358,17 @@ def _missing(model: LanguageModel, told: Mapping[str, Any]) -> Iterator[str]:
 def _not_computed(model: LanguageModel) -> Iterator[str]:
     """Settings that transformers' model reads, mlx-lm's does not, and that change the result."""
     for name, value in model.settings.items():
-        if name in model.mlx_lm.read or name in _WINDOWS or ROTARY.fullmatch(name):
+        is_listed = (model.module, name) in COMPUTED
+        if name in _WINDOWS or ROTARY.fullmatch(name):
             continue
         if name in ACTIVATIONS:
             yield from _activation(model, name, value)
-        elif _changes_results(model, name) and not _is_same(model, name, value):
+        elif name in model.mlx_lm.read and not is_listed:
+            continue
+        elif (is_listed or _changes_results(model, name)) and not _is_same(model, name, value):
             yield (
-                f"{name} is {_shown(value)} in config.json, and mlx-lm does not read that for "
-                f"{model.name}: it computes as with {_shown(_computed(model, name)[0])}. A newer "
-                "mlx-lm may do it"
+                f"{name} is {_shown(value)} in config.json, and mlx-lm computes {model.name} as "
+                f"with {_shown(_computed(model, name)[0])}; a newer mlx-lm may do it"
             )
 
 
@@ -379,7 +407,7 @@ def _activation(model: LanguageModel, name: str, value: Any) -> Iterator[str]:
         return
     known = model.transformers
     if known is not None:
-        if name not in known.read:
+        if name not in known.fields:
             return
         computed = [_activation_name(each) for each in _computed(model, name)]
     else:
@@ -427,7 +455,7 @@ def _windows(model: LanguageModel) -> Attention:
     window = _window(model)
     if "layer_types" in model.mlx_lm.read:
         return _by_layer_types(model, window)
-    if window is not None and "sliding_window_pattern" in model.mlx_lm.read:
+    if "sliding_window_pattern" in model.mlx_lm.read:
         return _by_pattern(model, types)
     if window is None or ("sliding_window" in model.mlx_lm.read and types is None):
         return Attention({})
@@ -453,12 +481,17 @@ def _window(model: LanguageModel) -> int | None:
 def _by_layer_types(model: LanguageModel, window: int | None) -> Attention:
     """mlx-lm's class has windows, where `layer_types` says so."""
     types = model.layer_types
-    if model.module not in _SAME_WITHOUT_WINDOW or window is None:
-        return Attention({})
-    if types is None or "full_attention" not in types:
+    if model.module == "exaone_moe" and window is None and model.value("sliding_window"):
+        return Attention({}, problem=_no_such_order(model))  # it would rotate in all layers
+    if model.module in _SAME_WITHOUT_WINDOW and window is not None and (
+        types is None or "full_attention" not in types
+    ):
         # Without a layer that sees all, mlx-lm's class cannot be made.
         told = {} if types is None else {"layer_types": ["full_attention"] * len(types)}
         return _capped(model, window, "sliding_window", told)
+    looked_for = re.findall(r"layer_types\.index\(\"((?:full|sliding)_attention)\"\)", model.mlx_lm.source)
+    if types is not None and not set(looked_for) <= set(types):
+        return Attention({}, problem=_no_such_order(model))
     return Attention({})
 
 
@@ -475,14 +508,19 @@ def _by_pattern(model: LanguageModel, types: list[Any] | None) -> Attention:
         letters = "".join("L" if kind == "sliding_attention" else "G" for kind in types)
         if set(letters) == {"L", "G"}:
             return Attention({"sliding_window_pattern": letters})
+        if model.value("sliding_window") is None:
+            return Attention({"sliding_window_pattern": None})
     for pattern in range(1, len(types) + 1):
         made = [(i + 1) % pattern != 0 for i in range(len(types))]
         if not is_text and made == [kind == "sliding_attention" for kind in types]:
             return Attention({"sliding_window_pattern": pattern})
-    return Attention(
-        {},
-        problem=f"the order of layers with and without a sliding window (layer_types in "
-        f"config.json) is one that mlx-lm cannot compute for {model.name}",
+    return Attention({}, problem=_no_such_order(model))
+
+
+def _no_such_order(model: LanguageModel) -> str:
+    return (
+        "the order of layers with and without a sliding window (layer_types in config.json) is one "
+        f"that mlx-lm does not compute for {model.name}; a newer mlx-lm may do it"
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
+from mlops.checkpoints.settings import CONTEXT_TOKENS
 from mlops.engine.batching import Trial, try_out
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
@@ -82,9 +83,7 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        found = self._find_integer("max_position_embeddings", "n_positions", "n_ctx")
-        limits = [limit for limit in (found, self.checkpoint.max_context_tokens) if limit]
-        return min(limits, default=None)
+        return self._find_integer(CONTEXT_TOKENS, "max_position_embeddings", "n_positions", "n_ctx")
 
     @property
     def vocabulary_size(self) -> int | None:
