@@ -75,17 +75,18 @@ def of_transformers(model_type: str) -> Settings | None:
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and model_type in _assigned(node, "model_type"):
             model = "\n".join(
-                part.read_text(encoding="utf-8") for part in sorted(file.parent.glob("modeling_*.py"))
+                part.read_text(encoding="utf-8")
+                for part in sorted(file.parent.glob("modeling_*.py"))
             )
             names = {name for pair in _READ.findall(model) for name in pair if name}
-            aliases = next(iter(_assigned(node, "attribute_map")), {})
+            aliases: dict[str, str] = next(iter(_assigned(node, "attribute_map")), {})
             return Settings(dict(_fields(node)), frozenset(names), aliases, model)
     return None
 
 
 @cache
 def of_mlx_lm(module: str) -> Settings:
-    """The settings that a module of `mlx_lm.models` reads, with those of the modules it builds on."""
+    """The settings that a module of `mlx_lm.models` reads, and the modules that it builds on."""
     sources = _with_imports(module, {})
     fields: dict[str, Field] = {}
     for name, source in reversed(sources.items()):

@@ -64,6 +64,10 @@ def _wanted(
         return " or ".join(dict.fromkeys(phrase for _, phrase in known))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    return _wanted_number(name, value)
+
+
+def _wanted_number(name: str, value: float) -> str | None:
     if _EPSILON.fullmatch(name):
         return None if 0 <= value < 1 else "a number from 0 to 1"
     if not math.isfinite(value):
@@ -90,8 +94,8 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
     heads, shared = first("num_attention_heads")[1], first("num_key_value_heads")[1]
     if heads and shared and heads % shared:
         yield (
-            f"num_attention_heads is {heads} in config.json, not a multiple of num_key_value_heads, "
-            f"which is {shared}"
+            f"num_attention_heads is {heads} in config.json, not a multiple of "
+            f"num_key_value_heads, which is {shared}"
         )
     groups, top = first("n_group")[1], first("topk_group")[1]
     if groups and top > groups:

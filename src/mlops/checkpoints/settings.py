@@ -26,18 +26,24 @@ CONTEXT_TOKENS = "max_context_tokens"
 """Our own key in `model_config`: the most tokens that are computed as they were trained."""
 
 HARMLESS = re.compile(
-    r"max_context_tokens|_.*|.*(dropout|pdrop|_drop).*|.*initializer.*|.*init_(std|method|scale|scheme|floor).*"  # training
+    r"max_context_tokens|_.*"
+    # training
+    r"|.*(dropout|pdrop|_drop).*|.*initializer.*|.*init_(std|method|scale|scheme|floor).*"
     r"|.*(aux_loss|_loss|z_loss|jitter|regulari).*|.*_init|output_\w+|return_dict\w*"
     r"|rescale_prenorm_residual|time_step_(min|max|floor|scale|init_scheme)|gradient_checkpointing"
     r"|linear_(a_log|dt)_(min|max)|w_init_variance_scale|final_w_init_variance_scale|seq_aux"
     r"|use_cache|use_return_dict|is_encoder_decoder|cross_attention_hidden_size|chunk_size_feed.*"
-    r"|(.*_)?token_(id|index)|.*token_ids|prefix|suffix|vocab_size|tokenizer_class"  # the tokenizer's
+    # the tokenizer's, labels, other parts of the model
+    r"|(.*_)?token_(id|index)|.*token_ids|prefix|suffix|vocab_size|tokenizer_class"
     r"|architectures|model_type|auto_map|.*dtype|transformers.*|.*version|name_or_path|task\w*"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|classifier\w*|summary_\w+"
     r"|(text|vision|audio|video|speech|image|mm|projector|multimodal)_\w+|quantization.*|unsloth.*"
-    r"|residual_in_fp32|\w*softmax_in_fp32|reorder_and_upcast_attn|fp32_\w+|use_bfloat16"  # precision
-    r"|use_(mamba_kernels|mambapy|associative_scan|flash_attn\w*|fused\w*|kernels?)|attn_implementation"
+    # precision and speed
+    r"|residual_in_fp32|\w*softmax_in_fp32|reorder_and_upcast_attn|fp32_\w+|use_bfloat16"
+    r"|use_(mamba_kernels|mambapy|associative_scan|flash_attn\w*|fused\w*|kernels?)"
+    r"|attn_implementation"
     r"|(mamba_)?chunk_size|block_size|num_logits_to_keep|pretraining_tp|ep_size|cache_implementation"
+    # defaults for sampling
     r"|max_length|min_length|do_sample|temperature|top_[kp]|num_beams\w*|repetition_penalty|typical_p"
     r"|length_penalty|no_repeat_ngram_size|bad_words_ids|num_return_sequences|diversity_penalty"
     r"|encoder_no_repeat_ngram_size|early_stopping|begin_suppress_tokens|suppress_tokens"
@@ -89,7 +95,7 @@ _COMPUTES = {
     "relu": r"nn\.relu\b",
     "xielu": r"xielu|XieLU",
 }
-"""How an activation shows in a model's source, for architectures that transformers does not have."""
+"""How an activation shows in a model's source, where transformers has no such architecture."""
 
 _WINDOWS = frozenset(
     {
@@ -117,6 +123,26 @@ COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
 }
 """The values with which mlx-lm's module computes the same, where its source does not say them."""
 
+
+def _sparse_layers(settings: Mapping[str, Any]) -> list[bool] | None:
+    kinds = settings.get("mlp_layer_types")
+    return [kind == "sparse" for kind in kinds] if isinstance(kinds, list) else None
+
+
+def _linear_attention(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    kinds = settings.get("layer_types")
+    if not isinstance(kinds, list):
+        return None
+    linear = [number for number, kind in enumerate(kinds, 1) if kind == "linear_attention"]
+    return {
+        "head_dim": settings.get("linear_head_dim"),
+        "num_heads": settings.get("linear_num_heads"),
+        "short_conv_kernel_size": settings.get("linear_conv_kernel_dim"),
+        "kda_layers": linear,
+        "full_attn_layers": [n for n in range(1, len(kinds) + 1) if n not in linear],
+    }
+
+
 DERIVED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
     ("gpt2", "n_ctx"): lambda it: it.get("n_positions"),
     ("gpt_bigcode", "n_inner"): lambda it: 4 * it.get("n_embd", 0),
@@ -137,8 +163,8 @@ DERIVED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
     ("glm_moe_dsa", "moe_layer_freq"): lambda it: 1,
     ("glm_moe_dsa", "topk_method"): lambda it: "noaux_tc",
     ("glm_moe_dsa", "scoring_func"): lambda it: "sigmoid",
-    ("exaone_moe", "is_moe_layer"): lambda it: _sparse_layers(it),
-    ("kimi_linear", "linear_attn_config"): lambda it: _linear_attention(it),
+    ("exaone_moe", "is_moe_layer"): _sparse_layers,
+    ("kimi_linear", "linear_attn_config"): _linear_attention,
 }
 """Settings that mlx-lm's module needs and transformers writes by another name, or not at all."""
 
@@ -153,25 +179,6 @@ OVERRULED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
 }
 """Settings that mlx-lm applies elsewhere than transformers. Of falcon_h1 it scales queries and keys
 by `attention_in_multiplier`, values not, and leaves `key_multiplier` out."""
-
-
-def _sparse_layers(settings: Mapping[str, Any]) -> list[bool] | None:
-    kinds = settings.get("mlp_layer_types")
-    return [kind == "sparse" for kind in kinds] if isinstance(kinds, list) else None
-
-
-def _linear_attention(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    kinds = settings.get("layer_types")
-    if not isinstance(kinds, list):
-        return None
-    linear = [number for number, kind in enumerate(kinds, 1) if kind == "linear_attention"]
-    return {
-        "head_dim": settings.get("linear_head_dim"),
-        "num_heads": settings.get("linear_num_heads"),
-        "short_conv_kernel_size": settings.get("linear_conv_kernel_dim"),
-        "kda_layers": linear,
-        "full_attn_layers": [n for n in range(1, len(kinds) + 1) if n not in linear],
-    }
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ def honour_settings(path: Path, config: Mapping[str, Any], tensor_names: Iterabl
     for problem in (attention.problem, *_not_computed(language_model)):
         if problem:
             raise _refuse(path, problem)
-    model_config = language_model.as_model_config(told | attention.told)
+    model_config = language_model.as_model_config({**told, **attention.told})
     limits = (attention.max_context_tokens, config.get(CONTEXT_TOKENS))
     if given := [limit for limit in limits if isinstance(limit, int)]:
         model_config[CONTEXT_TOKENS] = min(given)
@@ -256,7 +263,7 @@ class LanguageModel:
         is_nested = isinstance(nested, dict) and "text_config" in mlx_lm.fields
         settings = nested if isinstance(nested, dict) and is_nested else config
         types = (settings.get("model_type"), f"{name}_text") if is_nested else (name,)
-        known = (setting_sources.of_transformers(type_) for type_ in types if isinstance(type_, str))
+        known = (setting_sources.of_transformers(str(type_)) for type_ in types)
         transformers = next((found for found in known if found), None)
         return cls(name, module, config, settings, is_nested, mlx_lm, transformers)
 
@@ -315,28 +322,44 @@ _FLOATS = ("Infinity", "-Infinity")
 
 def _left_out(model: LanguageModel, name: str, has_output_layer: bool) -> Any:
     """The value of a setting that the file does not have, or has as null."""
-    settings, transformers = model.settings, model.transformers
     if name == "tie_word_embeddings":
-        if isinstance(around := model.config.get(name), bool):
-            return around
-        is_default = bool(transformers and transformers.default(name))
-        return is_default or not has_output_layer
-    if transformers:
-        for alias, real in transformers.aliases.items():
-            if name in (alias, real) and (found := settings.get(real, settings.get(alias))) is not None:
-                return found
-        if name not in settings and (default := transformers.default(name)) is not None:
-            return default
+        return _is_tied(model, has_output_layer)
+    known = _as_transformers_has_it(model, name)
+    return _derived(model, name) if known is None else known
+
+
+def _is_tied(model: LanguageModel, has_output_layer: bool) -> bool:
+    around = model.config.get("tie_word_embeddings")
+    if isinstance(around, bool):
+        return around
+    known = model.transformers
+    return bool(known and known.default("tie_word_embeddings")) or not has_output_layer
+
+
+def _as_transformers_has_it(model: LanguageModel, name: str) -> Any:
+    """By another name, or left out for being transformers' default."""
+    known, settings = model.transformers, model.settings
+    if known is None:
+        return None
+    for alias, real in known.aliases.items():
+        found = settings.get(real, settings.get(alias))
+        if name in (alias, real) and found is not None:
+            return found
+    return None if name in settings else known.default(name)
+
+
+def _derived(model: LanguageModel, name: str) -> Any:
+    """What follows from other settings."""
+    settings, default = model.settings, model.mlx_lm.fields[name].default
     heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
-    is_needed = model.mlx_lm.fields[name].default is not None or name in settings
-    if name == "num_key_value_heads" and is_needed:
-        return heads
-    if name == "head_dim" and is_needed and isinstance(hidden, int) and isinstance(heads, int):
-        return hidden // heads
     if derive := DERIVED.get((model.module, name)):
         return derive(settings)
-    if name.endswith("_bias") and transformers and name not in transformers.fields:
-        return False if model.mlx_lm.fields[name].default is UNKNOWN else None
+    if name == "num_key_value_heads" and (default is not None or name in settings):
+        return heads
+    if name == "head_dim" and (default is not None or name in settings):
+        return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+    if name.endswith("_bias") and default is UNKNOWN and model.transformers:
+        return False if name not in model.transformers.fields else None
     layers = settings.get("mlp_layer_types")
     if name == "first_k_dense_replace" and isinstance(layers, list):
         return next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
@@ -347,12 +370,12 @@ def _missing(model: LanguageModel, told: Mapping[str, Any]) -> Iterator[str]:
     if model.is_nested:
         return
     for name, field in model.mlx_lm.fields.items():
-        if field.is_required and name not in model.settings and name not in told:
-            if not ROTARY.fullmatch(name) and name not in _WINDOWS:
-                yield (
-                    f"config.json does not set {name}, which mlx-lm needs for {model.name}; "
-                    "use the config.json that was saved with the weights"
-                )
+        is_left_out = field.is_required and name not in model.settings and name not in told
+        if is_left_out and not ROTARY.fullmatch(name) and name not in _WINDOWS:
+            yield (
+                f"config.json does not set {name}, which mlx-lm needs for {model.name}; "
+                "use the config.json that was saved with the weights"
+            )
 
 
 def _not_computed(model: LanguageModel) -> Iterator[str]:
@@ -448,7 +471,10 @@ def _windows(model: LanguageModel) -> Attention:
             f"num_hidden_layers says {model.num_layers}",
         )
     chunk = model.value("attention_chunk_size")
-    if "attention_chunk_size" in model.mlx_lm.read or types == ["full_attention"] * model.num_layers:
+    if (
+        "attention_chunk_size" in model.mlx_lm.read
+        or types == ["full_attention"] * model.num_layers
+    ):
         chunk = None
     if isinstance(chunk, int) and model.transformers:
         return _capped(model, chunk, "attention_chunk_size")
@@ -466,7 +492,11 @@ def _window(model: LanguageModel) -> int | None:
     """Tokens that a layer with a sliding window sees; None when no layer has one."""
     known, types = model.transformers, model.layer_types
     window = model.value("sliding_window")
-    if not isinstance(window, int) or window < 1 or (known and "sliding_window" not in known.fields):
+    if (
+        not isinstance(window, int)
+        or window < 1
+        or (known and "sliding_window" not in known.fields)
+    ):
         return None
     if model.value("use_sliding_window") is False:
         return None
@@ -483,18 +513,23 @@ def _by_layer_types(model: LanguageModel, window: int | None) -> Attention:
     types = model.layer_types
     if model.module == "exaone_moe" and window is None and model.value("sliding_window"):
         return Attention({}, problem=_no_such_order(model))  # it would rotate in all layers
-    if model.module in _SAME_WITHOUT_WINDOW and window is not None and (
-        types is None or "full_attention" not in types
+    if (
+        model.module in _SAME_WITHOUT_WINDOW
+        and window is not None
+        and (types is None or "full_attention" not in types)
     ):
         # Without a layer that sees all, mlx-lm's class cannot be made.
         told = {} if types is None else {"layer_types": ["full_attention"] * len(types)}
         return _capped(model, window, "sliding_window", told)
-    looked_for = re.findall(r"layer_types\.index\(\"((?:full|sliding)_attention)\"\)", model.mlx_lm.source)
+    looked_for = re.findall(
+        r"layer_types\.index\(\"((?:full|sliding)_attention)\"\)", model.mlx_lm.source
+    )
     if types is not None and not set(looked_for) <= set(types):
         return Attention({}, problem=_no_such_order(model))
     return Attention({})
 
 
+_LOOKED_FOR = re.compile(r"layer_types\.index\(\"((?:full|sliding)_attention)\"\)")
 _SAME_WITHOUT_WINDOW = frozenset({"llama", "ministral3"})
 """Layers with a window differ in nothing else, and are left without one where no type is given."""
 
