@@ -44,7 +44,7 @@ def is_supported(config: Mapping[str, Any]) -> bool:
     Raises:
         MissingDependencyError: mlx-lm is not installed.
     """
-    name = _remapped(config["model_type"], config.get("architectures"))
+    name = module_name(config)
     return name in _modules() and bool(_HAS_MODEL.search(_source(name)))
 
 
@@ -63,6 +63,20 @@ def source_mentions(config: Mapping[str, Any], word: str) -> bool:
     return found is not None and any(word in _source(module) for module in found.modules)
 
 
+def module_name(config: Mapping[str, Any]) -> str:
+    """The module of `mlx_lm.models` that is used for it, whether or not there is one."""
+    return _remapped(config["model_type"], config.get("architectures"))
+
+
+def models_folder() -> Path:
+    """Where mlx-lm's model classes are.
+
+    Raises:
+        MissingDependencyError: mlx-lm is not installed.
+    """
+    return _package_folder() / "models"
+
+
 def _remapped(model_type: str, architectures: Any) -> str:
     by_type, by_architecture = _remappings(_package_folder())
     names = [architectures] if isinstance(architectures, str) else architectures
@@ -75,7 +89,7 @@ def _remapped(model_type: str, architectures: Any) -> str:
 @cache
 def _modules() -> dict[str, Path]:
     """The sources in `mlx_lm.models`, by name."""
-    return {file.stem: file for file in (_package_folder() / "models").glob("*.py")}
+    return {file.stem: file for file in models_folder().glob("*.py")}
 
 
 @cache

@@ -13,6 +13,10 @@ from mlops.checkpoints.pooling import Pooling
 from mlops.checkpoints.rope import Rope
 from mlops.counts import count
 
+CONTEXT_TOKENS = "max_context_tokens"
+"""Our own key in `Checkpoint.model_config`: the most tokens that are computed as they were
+trained."""
+
 
 class CheckpointKind(StrEnum):
     """What a checkpoint is, and so what can be done with it."""

@@ -19,6 +19,7 @@ from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.quantization import describe_quantization, read_quantization
 from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.settings import honour_settings
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.checkpoints.translation import translate
 from mlops.counts import count
@@ -62,6 +63,8 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
     )
 
     translation = translate(path, config)
+    told = {**quantization.model_config, **translation.model_config}
+    honoured = honour_settings(path, {**config, **told}, tensors)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
     has_tokenizer = any(name in files for name in _TOKENIZERS) or any(
@@ -86,9 +89,9 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         config=config,
         pooling=read_pooling(config, files),
         is_headless=is_headless,
-        model_config={**quantization.model_config, **translation.model_config},
+        model_config={**told, **honoured.model_config},
         ropes=translation.ropes,
-        warnings=(*quantization.warnings, *translation.warnings),
+        warnings=(*quantization.warnings, *translation.warnings, *honoured.warnings),
     )
 
 

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mlops.checkpoints.architectures import ModelClass, find_model_class
+from mlops.checkpoints.checkpoint import CONTEXT_TOKENS
 from mlops.checkpoints.refusal import refusal
 from mlops.checkpoints.rope import EVERY_LAYER, TYPES, Rope, read_ropes, rotated_dims
-
-CONTEXT_TOKENS = "max_context_tokens"
-"""Our own key in `model_config`: the most tokens that are computed as they were trained."""
 
 _ONLY_MLX_LM = frozenset({"deepseek_yarn", "telechat3-yarn"})
 """Types of rotary embedding that mlx-lm computes and transformers does not have."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
-from mlops.checkpoints.translation import CONTEXT_TOKENS
+from mlops.checkpoints.checkpoint import CONTEXT_TOKENS
 from mlops.engine.batching import Trial, try_out
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
