@@ -202,7 +202,6 @@ def test_a_config_that_does_not_match(model: Path, changes: dict[str, Any], prob
         {"num_layers": [2]},
         {"quantization": [4]},
         {"quantization": {"bits": [4], "group_size": {}}},
-        {"head_dim": "4"},
         {"architectures": [["x"], 1]},
         {"architectures": "LlamaForCausalLM"},
         {"rope_theta": float("inf")},
