@@ -76,7 +76,7 @@ REFUSED = {
     Case("mamba2", "groups", {"num_heads": 8, "head_dim": 16, "n_groups": 2}): "n_groups",
     Case(
         "gemma3_text", "order", _ORDER | {"layer_types": [_SLIDING[1], _SLIDING[0]]}
-    ): "the order of layers",
+    ): "layer_types in config.json",
 }
 """mlx-lm computes something else; the words that the refusal has."""
 

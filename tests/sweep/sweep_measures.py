@@ -67,7 +67,7 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def table_of_page() -> str:
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    lines = PAGE.read_text(encoding="utf-8").partition("\n## Table\n")[2].splitlines()
     return "\n".join(line for line in lines if line.startswith("|"))
 
 

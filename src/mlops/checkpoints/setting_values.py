@@ -15,7 +15,7 @@ _WINDOW = re.compile(r"sliding_window(_size)?|attention_chunk_size")
 _PATTERN = "sliding_window_pattern"
 _POSITIVE = re.compile(
     r"head_dim|num_key_value_heads|num_attention_heads|num_hidden_layers|hidden_size|vocab_size"
-    r"|intermediate_size|max_position_embeddings|num_experts_per_tok|query_pre_attn_scalar"
+    r"|max_position_embeddings|num_experts_per_tok|query_pre_attn_scalar"
     r"|logits_scaling|(attn|final)_logit_softcapping"
 )
 _COUNT = re.compile(r"(num|n)_.*|.*_(size|dim|rank|layers|heads|groups|kernel)")
@@ -89,7 +89,7 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
 
     experts, num_experts = first(*_EXPERTS)
     chosen, num_chosen = first(*_CHOSEN)
-    if num_experts and num_chosen > num_experts:
+    if num_experts > 1 and num_chosen > num_experts:
         yield f"{chosen} is {num_chosen} in config.json, and {experts} only {num_experts}"
     heads, shared = first("num_attention_heads")[1], first("num_key_value_heads")[1]
     if heads and shared and heads % shared:

@@ -111,6 +111,8 @@ COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("dots1", "scoring_func"): ("noaux_tc", "sigmoid"),
     # Read, and then the weights are taken apart as if it were set.
     ("gpt_bigcode", "multi_query"): (True,),
+    # It looks whether there is an output layer.
+    ("gemma3_text", "tie_word_embeddings"): (True, False),
     # It always has these tensors.
     ("phimoe", "attention_bias"): (True,),
     ("phimoe", "lm_head_bias"): (True,),
@@ -206,11 +208,12 @@ def honour_settings(path: Path, config: Mapping[str, Any], tensor_names: Iterabl
     language_model = LanguageModel.of(config)
     for problem in impossible_values(language_model.settings, _types(language_model)):
         raise _refuse(path, f"{problem}; use the config.json that was saved with the weights")
-    told = dict(_told(language_model, any(map(_is_output_layer, tensor_names))))
+    has_output_layer = any(map(_is_output_layer, tensor_names))
+    told = dict(_told(language_model, has_output_layer))
     for problem in _missing(language_model, told):
         raise _refuse(path, problem)
     attention = _windows(language_model)
-    for problem in (attention.problem, *_not_computed(language_model)):
+    for problem in (attention.problem, *_not_computed(language_model, has_output_layer)):
         if problem:
             raise _refuse(path, problem)
     model_config = language_model.as_model_config({**told, **attention.told})
@@ -376,9 +379,11 @@ def _missing(model: LanguageModel, told: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _not_computed(model: LanguageModel) -> Iterator[str]:
+def _not_computed(model: LanguageModel, has_output_layer: bool) -> Iterator[str]:
     """Settings that transformers' model reads, mlx-lm's does not, and that change the result."""
     for name, value in model.settings.items():
+        if name == "tie_word_embeddings" and value is False and not has_output_layer:
+            continue  # it is tied all the same
         is_listed = (model.module, name) in COMPUTED
         if name in _WINDOWS or ROTARY.fullmatch(name):
             continue
@@ -419,6 +424,8 @@ def _computed(model: LanguageModel, name: str) -> tuple[Any, ...]:
 def _is_same(model: LanguageModel, name: str, value: Any) -> bool:
     if name == "query_pre_attn_scalar" and value == model.value("head_dim"):
         return True
+    if name == "indexer_types" and isinstance(value, list):
+        return all(kind == "full" for kind in value)
     value, computed = _as_number(value), _computed(model, name)
     return value in computed or (not value and not any(computed))
 

@@ -200,7 +200,6 @@ def test_a_config_that_does_not_match(model: Path, changes: dict[str, Any], prob
     [
         {"text_config": {"model_type": ["llama"], "hidden_size": 8}},
         {"num_layers": [2]},
-        {"head_dim": "4"},
         {"architectures": [["x"], 1]},
         {"architectures": "LlamaForCausalLM"},
     ],

@@ -206,6 +206,7 @@ def test_a_setting_that_nobody_knows_is_named_in_a_warning() -> None:
         {"num_key_value_heads": 5},
         {"num_key_value_heads": 0},
         {"head_dim": -64},
+        {"head_dim": "4"},
         {"tie_word_embeddings": "yes"},
         {"layer_types": ["full_attention"]},
         {"sliding_window": -1},
