@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.engine.token_bound import TokenBound
-from mlops.errors import ServiceError
+from mlops.engine.tokenization import find_integer, load_tokenizer, vocabulary_size
+from mlops.errors import PackagingError, ServiceError
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -82,21 +83,20 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        return self._find_integer("max_position_embeddings", "n_positions", "n_ctx")
+        return find_integer(self.config, "max_position_embeddings", "n_positions", "n_ctx")
 
     @property
     def vocabulary_size(self) -> int | None:
         """Rows of the embedding; None when the config does not say."""
-        return self._find_integer("vocab_size")
+        return vocabulary_size(self.config)
 
-    def _find_integer(self, *names: str) -> int | None:
-        nested = self.config.get("text_config")
-        for config in (self.config, nested if isinstance(nested, Mapping) else {}):
-            for name in names:
-                value = config.get(name)
-                if isinstance(value, int) and value > 0:
-                    return value
-        return None
+    def with_tokenizer(self, tokenizer: Any) -> LoadedModel:
+        """The same model, for requests that are written with another tokenizer.
+
+        Args:
+            tokenizer: mlx-lm's `TokenizerWrapper`.
+        """
+        return replace(self, tokenizer=tokenizer)
 
 
 def load_model(
@@ -159,7 +159,7 @@ def _load(
     loaded = LoadedModel(
         checkpoint=checkpoint,
         model=model,
-        tokenizer=_load_tokenizer(checkpoint, config),
+        tokenizer=_load_tokenizer(checkpoint),
         config=config,
         device=device,
         layout=layout,
@@ -212,28 +212,14 @@ def _headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     return Headless, args_class
 
 
-def _load_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
-    from mlops.engine.mlx_lm import load_tokenizer
-
-    details = {"path": str(checkpoint.path)}
-    if not checkpoint.has_tokenizer:
-        raise ServiceError(
-            f"{checkpoint.path} has no tokenizer: put tokenizer.json and tokenizer_config.json "
-            "beside its weights",
-            "load_model",
-            details,
-        )
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
-        return load_tokenizer(
-            checkpoint.path,
-            # False, not left out: transformers would ask on the terminal.
-            {"trust_remote_code": False, "local_files_only": True},
-            eos_token_ids=config.get("eos_token_id"),
-        )
-    except Exception as exc:
-        raise ServiceError(
-            f"the tokenizer of {checkpoint.path} cannot be loaded: {exc}", "load_model", details
-        ) from exc
+        loaded = load_tokenizer(checkpoint)
+    except PackagingError as exc:
+        raise ServiceError(exc.message, "load_model", exc.details) from exc
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    return loaded.tokenizer
 
 
 def _try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | None, str]:
