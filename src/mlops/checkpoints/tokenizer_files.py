@@ -67,6 +67,18 @@ class TokenizerFiles:
             self.read(CONFIG).get("chat_template")
         )
 
+    @property
+    def processor_template(self) -> Any:
+        """The template of a processor, unchecked, where there is no other; else None.
+
+        Raises:
+            PackagingError: its file is not JSON.
+        """
+        others = [name for name in self.files if _matches(name, TEMPLATES[:-1])]
+        if others or self.read(CONFIG).get("chat_template"):
+            return None
+        return self.read(PROCESSOR_TEMPLATE).get("chat_template")
+
     @cached_property
     def digest(self) -> str:
         """Of names and contents; the same for the same tokenizer, wherever it lies."""

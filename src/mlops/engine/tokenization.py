@@ -16,7 +16,7 @@ from typing import Any
 
 from mlops.checkpoints import Checkpoint, TokenizerFiles, find_tokenizer_files
 from mlops.checkpoints.refusal import examples, refusal
-from mlops.checkpoints.tokenizer_files import CONFIG, GENERATION_CONFIG, PROCESSOR_TEMPLATE
+from mlops.checkpoints.tokenizer_files import CONFIG, GENERATION_CONFIG
 from mlops.engine.chat_template import is_program, render
 from mlops.engine.end_tokens import find_end_tokens
 from mlops.engine.guidance import shorten
@@ -140,9 +140,9 @@ def _complete(
     tokenizer: Any, files: TokenizerFiles, base_files: TokenizerFiles, base_tokenizer: Any = None
 ) -> None:
     """Add a processor's template, or else the base's, and the form of calls of what is rendered."""
-    told = tokenizer.chat_template
-    if told is None and PROCESSOR_TEMPLATE in files.files:
-        told = files.read(PROCESSOR_TEMPLATE).get("chat_template")
+    told = files.processor_template
+    if told is None:
+        told = tokenizer.chat_template
     if told is None and base_tokenizer is not None:
         told = base_tokenizer.chat_template
     named = told if isinstance(told, dict) else {"default": told}
