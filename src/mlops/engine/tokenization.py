@@ -21,6 +21,7 @@ from mlops.engine.chat_template import is_program, render
 from mlops.engine.end_tokens import find_end_tokens
 from mlops.engine.guidance import shorten
 from mlops.engine.messages import Tools
+from mlops.engine.owner import run_in_owner
 from mlops.errors import MLOpsError, PackagingError, sentence_of
 
 FLAGS = {"trust_remote_code": False, "local_files_only": True}
@@ -62,6 +63,32 @@ def load_tokenizer(checkpoint: Checkpoint) -> LoadedTokenizer:
     _check_ids(tokenizer, files)
     _complete(tokenizer, files, files)
     return _with_end_tokens(tokenizer, checkpoint, files, files, vocabulary_size(checkpoint.config))
+
+
+def check_adapter_tokenizer(adapter: Checkpoint, base: Checkpoint) -> list[str]:
+    """Refuse an adapter whose tokenizer loading would refuse over this base, without either's
+    weights. Nothing is read where its folder has no tokenizer, or the base's, or
+    the base has none.
+
+    Returns:
+        What its user should know, a sentence each.
+
+    Raises:
+        PackagingError: the base's tokenizer, or the adapter's, cannot be used.
+    """
+    files = find_tokenizer_files(adapter.path)
+    if not base.has_tokenizer or not files.adds_to(find_tokenizer_files(base.path)):
+        return []
+    return run_in_owner(_check_adapter_tokenizer, files, base)
+
+
+def _check_adapter_tokenizer(files: TokenizerFiles, base: Checkpoint) -> list[str]:
+    from mlops.hardware import ensure_blas
+
+    ensure_blas()  # before MLX is imported: whoever packages may serve afterwards
+    base_tokenizer = load_tokenizer(base).tokenizer
+    num_rows = vocabulary_size(base.config)
+    return list(load_adapter_tokenizer(files, base, base_tokenizer, num_rows).warnings)
 
 
 def load_adapter_tokenizer(

@@ -16,6 +16,7 @@ from embedding_models import write_embedding_model
 from mlops import engine
 from mlops.engine import adapter_tokenizers
 from mlops.errors import InvalidRequestError, PackagingError
+from mlops.serving.bentoml.packager import package_model
 from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
 from mlops.serving.runner import MLXModelRunner
 from tokenizer_folders import NUM_ROWS, read, write, write_templates, write_tokenizer
@@ -301,6 +302,30 @@ def test_what_cannot_be_used_is_refused_by_name(
     assert added not in runner.adapter_names
     with pytest.raises(PackagingError, match=WRONG[spoil]):
         MLXModelRunner(base, adapters={"own": adapter}).load_model()
+
+
+@pytest.mark.parametrize("spoil", WRONG)
+def test_packaging_refuses_it_in_the_same_words(
+    base: Path, adapter: Path, spoil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    spoil(adapter)
+    with pytest.raises(PackagingError, match=WRONG[spoil]):
+        package_model(adapter, "spoiled", base_model=base, build_bento=False)
+
+
+def test_a_stored_adapter_is_served_with_its_template(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    write_templates(with_chatml(adapter), {"default": TEMPLATE, "tool_use": "t"}, "files")
+    stored = package_model(adapter, "stored", base_model=base, build_bento=False)
+    one = MLXModelRunner(stored["model_tag"])
+    one.load_model()
+    assert prompt_of(one, one.default_adapter) == "own Hi"
+    assert one.predict({"messages": ASKED, "max_tokens": 1})["usage"]["prompt_tokens"] == 6
+    assert IM_END in one._engine.loaded_for(one.default_adapter).tokenizer.eos_token_ids
+    one.unload_model()
 
 
 def test_tools_are_offered_where_the_adapters_template_has_them(

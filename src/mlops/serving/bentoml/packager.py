@@ -25,6 +25,7 @@ from mlops.checkpoints import (
     recognise,
 )
 from mlops.engine.request import BASE_NAME
+from mlops.engine.tokenization import check_adapter_tokenizer
 from mlops.errors import BentoMLError, ConfigError, PackagingError
 from mlops.hardware.home import expand
 from mlops.registry import ModelStore, ResolvedModel, StoredModel, references, tags
@@ -549,6 +550,8 @@ def _check_adapter(adapter: ResolvedModel) -> None:
             "validate_model_path",
             {"path": str(adapter.path)},
         )
+    for warning in check_adapter_tokenizer(adapter.checkpoint, adapter.base.checkpoint):
+        logger.warning("%s", warning)
 
 
 def package_model(
