@@ -3,9 +3,9 @@
     an adapter's folder -> its tokenizer's files, None where they are the base's -> the model as its
     requests see it
 
-Adapters of one training have the same files, so hundreds of them share one tokenizer. Large ones
-take a second and 100 MB, so they are read in the thread that needs them, and those that were used
-last are kept.
+Adapters of one training have the same files, so hundreds of them share one tokenizer. One of
+130,000 tokens takes seconds and 40 MB, so it is read in the thread that needs it, and those that
+were used last are kept.
 """
 
 from __future__ import annotations
