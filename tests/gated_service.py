@@ -71,7 +71,7 @@ class GatedRunner:
     def generate(self, input_data, *, deadline_s=None):
         return Gated(str(input_data.get("prompt")))
 
-    def token_bytes(self, token_ids):
+    def token_bytes(self, token_ids, adapter=None):
         return [b"" for _ in token_ids]
 
     def statistics(self):

@@ -228,7 +228,7 @@ class EndlessRunner:
     def generate(self, input_data: Any, *, deadline_s: float | None = None) -> EndlessAnswer:
         return EndlessAnswer()
 
-    def token_bytes(self, token_ids: Any) -> list[bytes]:
+    def token_bytes(self, token_ids: Any, adapter: Any = None) -> list[bytes]:
         return [b"" for _ in token_ids]
 
     def predict(self, input_data: Any) -> Any:

@@ -59,7 +59,7 @@ class CountingRunner:
     def generate(self, input_data, *, deadline_s=None):
         return Counting(self, input_data["max_tokens"])
 
-    def token_bytes(self, token_ids):
+    def token_bytes(self, token_ids, adapter=None):
         return [b"" for _ in token_ids]
 
     def statistics(self):

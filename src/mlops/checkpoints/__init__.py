@@ -19,6 +19,7 @@ Only names and headers are read; no weights are loaded and no framework is impor
     pooling         how a model made for embeddings gives them
     tensors         all tensors of a checkpoint, and their shapes when quantized
     safetensors     the header of one file
+    tokenizer_files which files of a folder are its tokenizer's
     files           which files a folder holds; links, globs, bounded JSON
     hub             models from the Hugging Face Hub
     checkpoint      the records that all of these return
@@ -46,6 +47,7 @@ from mlops.checkpoints.pooling import Pooling, PoolingMode
 from mlops.checkpoints.quantization import describe_quantization
 from mlops.checkpoints.recognition import recognise
 from mlops.checkpoints.safetensors import SafetensorsHeader, read_header
+from mlops.checkpoints.tokenizer_files import TokenizerFiles, find_tokenizer_files
 
 __all__ = [
     "AdapterInfo",
@@ -62,11 +64,13 @@ __all__ = [
     "PoolingMode",
     "SafetensorsHeader",
     "TensorInfo",
+    "TokenizerFiles",
     "Update",
     "adapter_delta_is_zero",
     "check_adapter_fits",
     "check_finite",
     "describe_quantization",
+    "find_tokenizer_files",
     "list_files",
     "read_header",
     "recognise",

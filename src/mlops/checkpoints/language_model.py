@@ -21,13 +21,13 @@ from mlops.checkpoints.quantization import describe_quantization, read_quantizat
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.settings import honour_settings
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
+from mlops.checkpoints.tokenizer_files import has_vocabulary
 from mlops.checkpoints.translation import translate
 from mlops.counts import count
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"^(model.*)-(\d{5,})-of-(\d{5,})\.safetensors$")
 _MODEL_TYPE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 
 
 def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) -> Checkpoint:
@@ -67,9 +67,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
     honoured = honour_settings(path, {**config, **told}, tensors)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
-    has_tokenizer = any(name in files for name in _TOKENIZERS) or any(
-        name.endswith(".tiktoken") for name in files
-    )
+    has_tokenizer = has_vocabulary(files)
     return Checkpoint(
         path=path,
         kind=CheckpointKind.LANGUAGE_MODEL,

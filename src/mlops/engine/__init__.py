@@ -4,6 +4,7 @@
     prompts            text or messages -> token ids (chat_template; token_bound: what cannot fit)
     core (config)      the engine: from a request to its result, step by step
     scheduler          who goes next; sequence: one generation under way
+    tokenization       tokenizers, of the model and of adapters; end_tokens: what ends an answer
     prefill, rows      prompts into caches; the decode batch
     kv, prefix         what attention remembers, of rows and of earlier requests
     residency          which adapters are in memory; banks, layers: their tensors, used by row

@@ -32,13 +32,16 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     tools: Tools | None = None,
     source: str = "messages",
+    *,
+    begins_answer: bool = True,
 ) -> str:
     """The text of a conversation, as `apply_chat_template` of transformers makes it.
 
     Args:
-        tokenizer: mlx-lm's `TokenizerWrapper`, of a model whose template is a text.
+        tokenizer: mlx-lm's `TokenizerWrapper`, of a model that has a template (`find_template`).
         messages: as `parse_messages` gives them.
         source: the field that brought them, for the message.
+        begins_answer: whether the text ends with what the model's answer begins with.
 
     Raises:
         InvalidRequestError: the template refuses them, takes too long or makes too much of them.
@@ -51,8 +54,8 @@ def render(
         "messages": [dict(message) for message in messages],
         "tools": offered,
         "documents": None,  # templates may ask for them, and would find them undefined
-        "chat_template": tokenizer.get_chat_template(None, offered),
-        "add_generation_prompt": True,
+        "chat_template": find_template(tokenizer, offered, source),
+        "add_generation_prompt": begins_answer,
     }
     line = json.dumps(asked, default=str).encode("ascii")
     answer = _processes().ask(line, RENDER_S)
@@ -65,6 +68,34 @@ def render(
     if not is_encodable(text):
         raise refuse(source, "it makes half a surrogate pair, which is no character")
     return text
+
+
+def find_template(
+    tokenizer: Any, offered: Sequence[Mapping[str, Any]] | None, source: str = "messages"
+) -> str:
+    """The template that a conversation is rendered with, by the rule of transformers.
+
+    Of several, that is `tool_use` where functions are offered and there is one, else `default`.
+    Others, such as `rag`, are never used.
+
+    Raises:
+        InvalidRequestError: there is none for such a conversation.
+    """
+    try:
+        template: str = tokenizer.get_chat_template(None, offered)
+    except ValueError as exc:
+        names = ", ".join(sorted(tokenizer.chat_template or ()))
+        raise InvalidRequestError(
+            f"the model has no chat template for {source}, only others ({names}): offer functions, "
+            "or send text or prompt instead",
+            source,
+        ) from exc
+    return template
+
+
+def is_program(tokenizer: Any) -> bool:
+    """Whether a program of mlx-lm's own renders conversations, and no template."""
+    return getattr(tokenizer, "_chat_template", None) is not None or tokenizer.chat_template is None
 
 
 def refuse(source: str, reason: str) -> InvalidRequestError:

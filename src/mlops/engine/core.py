@@ -36,6 +36,7 @@ from mlops.checkpoints import Checkpoint
 from mlops.counts import count
 from mlops.engine import kv
 from mlops.engine.adapter_loading import AdapterLoader, Asking
+from mlops.engine.adapter_tokenizers import AdapterTokenizers
 from mlops.engine.config import EngineConfig
 from mlops.engine.embedding import Embedder, EmbeddingRequest, EmbeddingResult
 from mlops.engine.layout import MEMORY_SHARE
@@ -49,7 +50,7 @@ from mlops.engine.owner import (
 from mlops.engine.prefill import new_caches, prefill
 from mlops.engine.prefix import PrefixCache
 from mlops.engine.request import GenerationRequest
-from mlops.engine.residency import AdapterRegistry
+from mlops.engine.residency import Adapter, AdapterRegistry
 from mlops.engine.rows import DecodeBatch, Step
 from mlops.engine.scheduler import Admission, Scheduler, share_prefill
 from mlops.engine.sequence import (
@@ -62,6 +63,7 @@ from mlops.engine.sequence import (
 from mlops.engine.statistics import EngineStatistics
 from mlops.engine.text import TextBuilder
 from mlops.errors import (
+    AdapterNotFoundError,
     DeadlineExceededError,
     EngineError,
     EngineShutdownError,
@@ -120,7 +122,7 @@ class Engine:
             cost=lambda num_tokens: self._cost(1, num_tokens),
             memory_bytes=self._budget,
         )
-        self._end_tokens = frozenset(loaded.tokenizer.eos_token_ids)
+        self._tokenizers = AdapterTokenizers(loaded)
         self._batch = self._new_batch()
         self._prefilling: list[Sequence] = []
         self._in_flight: Step | None = None
@@ -145,31 +147,36 @@ class Engine:
             EngineShutdownError: the engine is closed.
         """
         self._check_memory(request)
-        guide = None if request.grammar is None else self.loaded.guidance.start(request.grammar)
         adapter = None if request.adapter is None else self.adapters.acquire(request.adapter)
-        generation = Generation()
-        end_tokens = frozenset() if request.ignore_eos else self._end_tokens
-        sequence = Sequence(
-            request,
-            generation,
-            adapter,
-            TextBuilder(self.loaded.tokenizer.detokenizer, request.stop),
-            end_tokens | frozenset(request.stop_token_ids),
-            guide,
-        )
         try:
-            with self._lock:
-                if self._is_closed:
-                    raise EngineShutdownError("the engine is closed")
-                self._scheduler.add(sequence)
-                self._idle.clear()
-        except EngineError:
+            sequence = self._begin(request, adapter)
+            self._queue(sequence)
+        except BaseException:
             if adapter is not None:
                 self.adapters.release(adapter)
             raise
         self._statistics.on_submit(request.adapter)
         self._schedule()
-        return generation
+        return sequence.generation
+
+    def loaded_for(self, adapter: str | None) -> LoadedModel:
+        """The model as requests for this adapter see it: with its tokenizer and templates.
+
+        May take a second, for an adapter with a tokenizer of its own: see `has_tokenizer`.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            PackagingError: its tokenizer cannot be used.
+        """
+        return self._loaded_for(None if adapter is None else self.adapters.find(adapter))
+
+    def has_tokenizer(self, adapter: str | None) -> bool:
+        """False when `loaded_for` would have to read a tokenizer first."""
+        try:
+            files = None if adapter is None else self.adapters.find(adapter).tokenizer
+        except AdapterNotFoundError:
+            return True
+        return files is None or self._tokenizers.has(files)
 
     def embed(
         self, request: EmbeddingRequest, future: Future[EmbeddingResult] | None = None
@@ -232,12 +239,14 @@ class Engine:
             PackagingError: it is not an adapter, or does not fit the base model.
             EngineError: the name cannot be used.
         """
+        tokenizer = self._tokenizers.files_of(checkpoint)
         self.adapters.register(
             name,
             checkpoint,
             num_bytes=self.loaded.banks.num_bytes(checkpoint),
             digest=digest,
-            verify=verify,
+            verify=verify if tokenizer is None else self._tokenizers.verifying(tokenizer, verify),
+            tokenizer=tokenizer,
             pin=is_pinned,
         )
         self._schedule()  # the one that it replaced may have no users
@@ -300,6 +309,32 @@ class Engine:
         if drain_s > 0:
             self._idle.wait(drain_s)
         run_in_owner(self._end_all, EngineShutdownError("the engine is closed"))
+
+    def _begin(self, request: GenerationRequest, adapter: Adapter | None) -> Sequence:
+        loaded = self._loaded_for(adapter)
+        end_tokens = () if request.ignore_eos else loaded.tokenizer.eos_token_ids
+        return Sequence(
+            request,
+            Generation(),
+            adapter,
+            TextBuilder(loaded.tokenizer.detokenizer, request.stop),
+            frozenset(end_tokens) | frozenset(request.stop_token_ids),
+            None if request.grammar is None else loaded.guidance.start(request.grammar),
+        )
+
+    def _queue(self, sequence: Sequence) -> None:
+        with self._lock:
+            if self._is_closed:
+                raise EngineShutdownError("the engine is closed")
+            self._scheduler.add(sequence)
+            self._idle.clear()
+
+    def _loaded_for(self, adapter: Adapter | None) -> LoadedModel:
+        if adapter is None or adapter.tokenizer is None:
+            return self.loaded
+        if adapter.verify is not None and not self._tokenizers.has(adapter.tokenizer):
+            adapter.verify()
+        return self._tokenizers.model_for(adapter.tokenizer)
 
     # The chain of steps, in the owner thread.
 

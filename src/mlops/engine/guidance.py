@@ -182,21 +182,33 @@ def allowed_tokens(guides: Sequence[Guide | None], vocabulary_size: int) -> NDAr
     """What each row may draw next, (rows, vocabulary_size); None is a row that may draw anything.
 
     A guide that fails here allows end tokens only, and `advance` then raises. The guides are of one
-    model. Other threads run meanwhile.
+    model, whose adapters may have tokenizers of their own. Other threads run meanwhile.
     """
+    allowed = np.ones((len(guides), vocabulary_size), dtype=np.bool_)
+    by_vocabulary: dict[int, list[tuple[int, Guide]]] = {}
+    for row, guide in enumerate(guides):
+        if guide is not None:
+            by_vocabulary.setdefault(id(guide.vocabulary), []).append((row, guide))
+    for guided in by_vocabulary.values():
+        of_rows = _allowed_of([guide for _, guide in guided], vocabulary_size)
+        allowed[[row for row, _ in guided]] = of_rows
+    return allowed
+
+
+def _allowed_of(guides: Sequence[Guide], vocabulary_size: int) -> NDArray[np.bool_]:
+    """The same for guides of one tokenizer."""
     from llguidance.numpy import fill_next_token_bitmask_par
 
-    guided = [(row, guide) for row, guide in enumerate(guides) if guide is not None]
-    vocabulary = guided[0][1].vocabulary
+    vocabulary = guides[0].vocabulary
     num_words = -(-vocabulary.num_tokens // BITS_PER_WORD)
     masks = np.zeros((len(guides), num_words), dtype=np.int32)
-    fill_next_token_bitmask_par(_executor(), [(one.matcher, row) for row, one in guided], masks)
+    matchers = [(guide.matcher, row) for row, guide in enumerate(guides)]
+    fill_next_token_bitmask_par(_executor(), matchers, masks)
     # A model's logits beyond its tokenizer's tokens are filled up with zeros.
     bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocabulary_size, bitorder="little")
     allowed = bits.view(np.bool_)
-    allowed[[row for row, guide in enumerate(guides) if guide is None]] = True
     if vocabulary.plain_end_tokens.size:
-        for row, guide in guided:
+        for row, guide in enumerate(guides):
             if not guide.matcher.is_accepting():
                 allowed[row, vocabulary.plain_end_tokens] = False
     return allowed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.engine.token_bound import TokenBound
+from mlops.engine.tokenization import find_integer, load_tokenizer, vocabulary_size
 from mlops.errors import PackagingError, ServiceError
 
 if TYPE_CHECKING:
@@ -83,25 +84,22 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int | None:
         """The most tokens of prompt and answer together; None when the config does not say."""
-        return find_size(
+        return find_integer(
             self.config, CONTEXT_TOKENS, "max_position_embeddings", "n_positions", "n_ctx"
         )
 
     @property
     def vocabulary_size(self) -> int | None:
         """Rows of the embedding; None when the config does not say."""
-        return find_size(self.config, "vocab_size")
+        return vocabulary_size(self.config)
 
+    def with_tokenizer(self, tokenizer: Any) -> LoadedModel:
+        """The same model, for requests that are written with another tokenizer.
 
-def find_size(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these settings that is a number above 0; None when none is."""
-    nested = config.get("text_config")
-    for settings in (config, nested if isinstance(nested, Mapping) else {}):
-        for name in names:
-            value = settings.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
+        Args:
+            tokenizer: mlx-lm's `TokenizerWrapper`.
+        """
+        return replace(self, tokenizer=tokenizer)
 
 
 def load_model(
@@ -164,7 +162,7 @@ def _load(
     loaded = LoadedModel(
         checkpoint=checkpoint,
         model=model,
-        tokenizer=read_tokenizer(checkpoint, config),
+        tokenizer=_load_tokenizer(checkpoint),
         config=config,
         device=device,
         layout=layout,
@@ -188,35 +186,14 @@ def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
         raise ServiceError(exc.message, "load_model", exc.details) from exc
 
 
-def read_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
-    """mlx-lm's `TokenizerWrapper` for a checkpoint.
-
-    Args:
-        config: `config.json` as mlx-lm reads it.
-
-    Raises:
-        ServiceError: there is none, or it cannot be read.
-    """
-    from mlops.engine.tokenizer_code import load_without_code, tokenizer_problem
-
-    details = {"path": str(checkpoint.path)}
-    if not checkpoint.has_tokenizer:
-        raise ServiceError(
-            f"{checkpoint.path} has no tokenizer: put tokenizer.json and tokenizer_config.json "
-            "beside its weights",
-            "load_model",
-            details,
-        )
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
-        return load_without_code(checkpoint.path, eos_token_ids=config.get("eos_token_id"))
-    except BaseException as exc:  # tokenizers panics with what is no Exception
-        if isinstance(exc, KeyboardInterrupt | SystemExit):
-            raise
-        raise ServiceError(
-            f"the tokenizer of {checkpoint.path} cannot be loaded: {tokenizer_problem(exc)}",
-            "load_model",
-            details,
-        ) from exc
+        loaded = load_tokenizer(checkpoint)
+    except PackagingError as exc:
+        raise ServiceError(exc.message, "load_model", exc.details) from exc
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    return loaded.tokenizer
 
 
 def _try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | None, str]:

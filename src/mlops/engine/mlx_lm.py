@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from mlops.hardware.open_files import open_file_limit_kept
 
 with open_file_limit_kept():
@@ -21,6 +24,7 @@ with open_file_limit_kept():
         SwitchMLP,
     )
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
+    from mlx_lm.tokenizer_utils import _infer_tool_parser as infer_tool_parser
     from mlx_lm.utils import _get_classes as find_model_classes
     from mlx_lm.utils import load_model, load_tokenizer
 
@@ -38,7 +42,14 @@ __all__ = [
     "SwitchMLP",
     "create_causal_mask",
     "find_model_classes",
+    "find_tool_parser",
+    "infer_tool_parser",
     "load_model",
     "load_tokenizer",
     "make_prompt_cache",
 ]
+
+
+def find_tool_parser(name: str) -> Any:
+    """The module of mlx-lm that reads calls of this form, which `infer_tool_parser` has named."""
+    return import_module(f"mlx_lm.tool_parsers.{name}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlops.counts import count
-from mlops.engine.chat_template import refuse, render
+from mlops.engine.chat_template import find_template, is_program, refuse, render
 from mlops.engine.guidance import json_grammar, lark_grammar, shorten
 from mlops.engine.request import DEFAULT_MAX_TOKENS, GenerationRequest, TextRequest
 from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
@@ -198,11 +198,11 @@ def _render(tokenizer: Any, request: TextRequest) -> str:
     The role `developer` is OpenAI's newer name of `system`: it is called so for a template that
     does not know it.
     """
-    template = tokenizer.chat_template
-    if template is None:
+    if is_program(tokenizer):
         return _render_by_program(tokenizer, request)
+    offered = None if request.tools is None else request.tools.functions
     messages = [dict(message) for message in request.messages]
-    if "developer" not in str(template):
+    if "developer" not in find_template(tokenizer, offered, request.source):
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from mlops.checkpoints import Checkpoint
+from mlops.checkpoints import Checkpoint, TokenizerFiles
 from mlops.engine.request import BASE_NAME
 from mlops.errors import AdapterNotFoundError, EngineError, InvalidRequestError
 
@@ -45,6 +45,7 @@ class Adapter:
         digest: of its files, when it is known.
         num_bytes: that it takes in memory.
         verify: hashes its files and raises what is wrong; None when there is nothing to compare.
+        tokenizer: files of its own tokenizer; None where requests for it are written as the base's.
         is_pinned: never evicted.
         num_users: requests that hold it, waiting ones included.
         slot: where it is while it is resident.
@@ -58,6 +59,7 @@ class Adapter:
     digest: str | None
     num_bytes: int
     verify: Callable[[], None] | None = field(default=None, repr=False)
+    tokenizer: TokenizerFiles | None = field(default=None, repr=False)
     is_pinned: bool = False
     num_users: int = 0
     state: AdapterState = AdapterState.REGISTERED
@@ -88,8 +90,8 @@ class Room:
 class AdapterRegistry:
     """The adapters of one model.
 
-    `register`, `unregister`, `acquire`, `release`, `pin`, `names` and `describe` may be called from
-    any thread; what concerns memory is for the engine's owner thread.
+    `register`, `unregister`, `find`, `acquire`, `release`, `pin`, `names` and `describe` may be
+    called from any thread; what concerns memory is for the engine's owner thread.
 
     Args:
         budget_bytes: memory for adapters.
@@ -133,6 +135,7 @@ class AdapterRegistry:
         num_bytes: int,
         digest: str | None = None,
         verify: Callable[[], None] | None = None,
+        tokenizer: TokenizerFiles | None = None,
         pin: bool = False,
     ) -> Adapter:
         """Make an adapter known under a name; nothing is loaded yet.
@@ -142,6 +145,7 @@ class AdapterRegistry:
         Args:
             num_bytes: memory that it takes once it is loaded.
             verify: raises when its files are not what they should be; called before each load.
+            tokenizer: files of its own tokenizer.
             pin: never evict it.
 
         Raises:
@@ -150,7 +154,14 @@ class AdapterRegistry:
         _check_name(name)
         with self._lock:
             adapter = Adapter(
-                name, next(_generations), checkpoint, digest, num_bytes, verify, is_pinned=pin
+                name,
+                next(_generations),
+                checkpoint,
+                digest,
+                num_bytes,
+                verify,
+                tokenizer,
+                is_pinned=pin,
             )
             if old := self._current.get(name):
                 self._retire(old)
@@ -168,6 +179,15 @@ class AdapterRegistry:
             del self._current[name]
             self._retire(adapter)
             return adapter
+
+    def find(self, name: str) -> Adapter:
+        """The adapter that this name means now; nobody holds it.
+
+        Raises:
+            AdapterNotFoundError: there is no such name.
+        """
+        with self._lock:
+            return self._find(name)
 
     def acquire(self, name: str) -> Adapter:
         """The adapter of this name, held for one request until `release`.

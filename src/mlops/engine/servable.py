@@ -16,7 +16,7 @@ from mlops.checkpoints import Checkpoint, CheckpointKind
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.engine.building import build_model, odd_settings
 from mlops.engine.owner import run_in_owner
-from mlops.errors import PackagingError, ServiceError, sentence_of
+from mlops.errors import sentence_of
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -65,24 +65,24 @@ def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[st
     warnings += _check_forward_pass(model, built, config)
     if adapters:
         from mlops.engine.banks import AdapterBanks
+        from mlops.engine.tokenization import check_adapter_tokenizer
 
         banks = AdapterBanks(built, model, "cpu")
         for adapter in adapters:
             banks.check(adapter)
+            warnings += check_adapter_tokenizer(adapter, model)
     return warnings
 
 
 def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
     """Read the tokenizer; its tokens are rows of the embedding."""
-    from mlops.engine.loading import find_size, read_tokenizer
+    from mlops.engine.tokenization import load_tokenizer, vocabulary_size
 
-    try:
-        tokenizer = read_tokenizer(model, config)
-    except ServiceError as exc:
-        raise PackagingError(exc.message, "check_loads", exc.details) from exc
-    num_rows = find_size(config, "vocab_size")
+    loaded = load_tokenizer(model)
+    tokenizer, warnings = loaded.tokenizer, list(loaded.warnings)
+    num_rows = vocabulary_size(config)
     if num_rows is None:
-        return []
+        return warnings
     added = set(tokenizer.get_added_vocab())
     beyond = {name: token for name, token in tokenizer.get_vocab().items() if token >= num_rows}
     if ordinary := sorted(beyond.keys() - added):
@@ -94,12 +94,12 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
             "check_loads",
             tokens=ordinary[:10],
         )
-    if not beyond:
-        return []
-    return [
-        f"tokens were added to the tokenizer of {model.path} and not to the model "
-        f"({examples(sorted(beyond))}): texts that contain them are refused"
-    ]
+    if beyond:
+        warnings.append(
+            f"tokens were added to the tokenizer of {model.path} and not to the model "
+            f"({examples(sorted(beyond))}): texts that contain them are refused"
+        )
+    return warnings
 
 
 def _check_forward_pass(model: Checkpoint, built: nn.Module, config: dict[str, Any]) -> list[str]:

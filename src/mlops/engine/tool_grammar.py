@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mlops.engine.chat_template import find_template, is_program
 from mlops.engine.messages import Tools
 from mlops.engine.response_format import FIELD as RESPONSE_FORMAT
 from mlops.engine.response_format import JSON_LAYOUT, OPTIONS
@@ -128,7 +129,7 @@ def _any_of(name: str, num: int) -> str:
 
 def _names_before_arguments(tokenizer: Any) -> bool:
     """Mistral's newer form: `name[ARGS]{...}` and no list."""
-    return MISTRAL_ARGUMENTS in str(tokenizer.chat_template)
+    return not is_program(tokenizer) and MISTRAL_ARGUMENTS in find_template(tokenizer, ())
 
 
 def _marker(tokenizer: Any, text: str) -> str:

@@ -63,7 +63,7 @@ class EndlessRunner:
         self.under_way.append(Endless())
         return self.under_way[-1]
 
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+    def token_bytes(self, token_ids: Sequence[int], adapter: str | None = None) -> list[bytes]:
         return [b"" for _ in token_ids]
 
     def statistics(self) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class ScriptedRunner(EchoRunner):
         self.generatings.append(ScriptedGenerating(self.pieces))
         return self.generatings[-1]
 
-    def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
+    def token_bytes(self, tokens: Sequence[int], adapter: str | None = None) -> list[bytes]:
         return [self.words.get(token, f"<{token}>".encode()) for token in tokens]
 
     def statistics(self) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class Endless:
     def statistics(self) -> dict[str, Any]:
         return {}
 
-    def token_bytes(self, tokens: Any) -> list[bytes]:
+    def token_bytes(self, tokens: Any, adapter: Any = None) -> list[bytes]:
         return []
 
     def load_model(self) -> None: ...

@@ -68,7 +68,7 @@ def parse_chat(body: Mapping[str, Any], base_names: frozenset[str]) -> TextQuest
 async def post_chat_completions(served: Served, request: Request, body: dict[str, Any]) -> Response:
     """The endpoint."""
     question = parse_chat(body, served.info.model_names)
-    form = ChatForm(question.model, served.host)
+    form = ChatForm(question, served.host)
     try:
         return await answer_text(served, request, body, question, form)
     except InvalidRequestError as exc:
@@ -85,8 +85,8 @@ class ChatForm(TextForm):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, model: str, host: RunnerHost) -> None:
-        super().__init__(model, host)
+    def __init__(self, question: TextQuestion, host: RunnerHost) -> None:
+        super().__init__(question, host)
         self._begun: set[int] = set()  # choices of a stream
         self._num_calls: Counter[int] = Counter()
 

@@ -60,7 +60,7 @@ def parse_completion(body: Mapping[str, Any], base_names: frozenset[str]) -> Tex
 async def post_completions(served: Served, request: Request, body: dict[str, Any]) -> Response:
     """The endpoint."""
     question = parse_completion(body, served.info.model_names)
-    form = CompletionForm(question.model, served.host)
+    form = CompletionForm(question, served.host)
     return await answer_text(served, request, body, question, form)
 
 
@@ -70,8 +70,8 @@ class CompletionForm(TextForm):
     id_prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, model: str, host: RunnerHost) -> None:
-        super().__init__(model, host)
+    def __init__(self, question: TextQuestion, host: RunnerHost) -> None:
+        super().__init__(question, host)
         self._logprobs: defaultdict[int, CompletionLogprobs] = defaultdict(
             lambda: CompletionLogprobs(self._token_bytes)
         )

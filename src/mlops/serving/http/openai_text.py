@@ -54,6 +54,13 @@ class TextQuestion:
     stream: bool = False
     include_usage: bool = False
 
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that the runner is asked for; None is the service's default."""
+        first = self.fields if isinstance(self.fields, Mapping) else self.fields[0]
+        name: str | None = first.get("adapter")
+        return name
+
 
 def common_fields(body: TextBody, base_names: frozenset[str]) -> dict[str, Any]:
     """What the runner is asked, without the prompt and how long the answer may be.
@@ -77,22 +84,19 @@ def includes_usage(body: TextBody) -> bool:
 
 
 class TextForm(ABC):
-    """The form of one request's answers: what all of them have in common, and what they hold.
-
-    Args:
-        model: as the client said it.
-    """
+    """The form of one request's answers: what all of them have in common, and what they hold."""
 
     id_prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, host: RunnerHost) -> None:
+    def __init__(self, question: TextQuestion, host: RunnerHost) -> None:
         self._host = host
+        self._adapter = question.adapter
         self._common = {
             "id": f"{self.id_prefix}{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": question.model,
         }
 
     @abstractmethod
@@ -137,7 +141,7 @@ class TextForm(ABC):
         runner = self._host.text_runner
         if runner is None:
             raise EngineShutdownError("the service is stopping")
-        return runner.token_bytes(tokens)
+        return runner.token_bytes(tokens, self._adapter)
 
 
 async def answer_text(
@@ -166,8 +170,7 @@ async def answer_text(
         stream = await served.host.stream(question.fields, disconnected)
     except AdapterNotFoundError as exc:
         raise unknown_model(question.model, exc) from exc
-    first = question.fields if isinstance(question.fields, Mapping) else question.fields[0]
-    record.adapter = first.get("adapter")
+    record.adapter = question.adapter
     return form.streamed(stream, question.include_usage, record)
 
 

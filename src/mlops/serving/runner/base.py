@@ -154,10 +154,14 @@ class TextRunner(Runner, Protocol):
         """
         ...
 
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+    def token_bytes(self, token_ids: Sequence[int], adapter: str | None = None) -> list[bytes]:
         """Each token's own bytes, which may be a part of a character; for log-probabilities.
 
         Cheap, from any thread. A special token is its text.
+
+        Args:
+            adapter: as the request named it, whose tokenizer may be its own; None is the service's
+                default.
 
         Raises:
             EngineShutdownError: the model is not loaded.

@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlops import engine
 from mlops.engine.embedding import MAX_INPUTS
-from mlops.errors import EngineShutdownError, InvalidRequestError, MLOpsError, ServiceError
+from mlops.errors import (
+    AdapterNotFoundError,
+    EngineShutdownError,
+    InvalidRequestError,
+    MLOpsError,
+    ServiceError,
+)
 from mlops.serving.runner.answer import Answer, Prepared, read_result
 from mlops.serving.runner.base import Prediction
 from mlops.serving.runner.outputs import to_json
@@ -159,7 +165,8 @@ class MLXModelRunner:
         running = self._engine
         prepared: Future[Prepared] = Future()
         asked = _AskedText(running, input_data, deadline_s, prepared)
-        self._lane_for(input_data).submit(self._begin_text, asked)
+        lane = self._lane_for(running, input_data, self._adapter_of(input_data.get("adapter")))
+        lane.submit(self._begin_text, asked)
         return Answer(prepared, self._to_prediction)
 
     @property
@@ -167,13 +174,21 @@ class MLXModelRunner:
         """Answers that one request may ask for: so many can wait. More would never be taken."""
         return max(1, self.engine_config.max_waiting)
 
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+    def token_bytes(self, token_ids: Sequence[int], adapter: str | None = None) -> list[bytes]:
         """Each token's own bytes, which may be a part of a character.
+
+        Args:
+            adapter: as in `embed`. One that is gone meanwhile has the base's tokens.
 
         Raises:
             EngineShutdownError: no model is loaded.
         """
-        return engine.token_bytes(self._engine.loaded.tokenizer, token_ids)
+        running = self._engine
+        try:
+            loaded = running.loaded_for(self._adapter_of(adapter))
+        except AdapterNotFoundError:
+            loaded = running.loaded
+        return engine.token_bytes(loaded.tokenizer, token_ids)
 
     @property
     def can_embed(self) -> bool:
@@ -195,21 +210,12 @@ class MLXModelRunner:
             EngineShutdownError: no model is loaded. What is wrong with the request, the future
                 raises.
         """
-        running = self._engine
-        if adapter is None:
-            adapter = self.default_adapter
+        running, used = self._engine, self._adapter_of(adapter)
         answer: Future[engine.EmbeddingResult] = Future()
         asked = _AskedEmbeddings(
-            engine.tokenize_inputs(
-                running.loaded,
-                inputs,
-                max_prompt_tokens=self.engine_config.max_prompt_tokens,
-            ),
-            None if adapter == engine.BASE_NAME else adapter,
-            dimensions,
-            deadline_s,
+            self._tokenize_inputs(running, inputs, used), used, dimensions, deadline_s
         )
-        lane = self._lane_for(_longest(inputs))
+        lane = self._lane_for(running, _longest(inputs), used)
         lane.submit(self._begin_embedding, running, asked, answer, lane)
         return answer
 
@@ -453,10 +459,26 @@ class MLXModelRunner:
                 if isinstance(one, Prepared):
                     one.cancel()
 
-    def _lane_for(self, asked: object) -> ThreadPoolExecutor:
+    def _adapter_of(self, name: Any) -> Any:
+        """The adapter that a field of a request means; None is the base model."""
+        name = self.default_adapter if name is None else name
+        return None if name == engine.BASE_NAME else name
+
+    def _lane_for(self, running: engine.Engine, asked: object, adapter: Any) -> ThreadPoolExecutor:
         """The thread that tokenizes this: what may take long holds up its like alone."""
-        is_long = engine.is_longer(asked, LONG_PROMPT)
+        is_quick = not isinstance(adapter, str) or running.has_tokenizer(adapter)
+        is_long = not is_quick or engine.is_longer(asked, LONG_PROMPT)
         return self._tokenizing_long if is_long else self._tokenizing
+
+    def _tokenize_inputs(
+        self, running: engine.Engine, inputs: Any, adapter: str | None
+    ) -> Iterator[tuple[int, ...]]:
+        """Texts for embeddings, in the thread that asks for the first one."""
+        yield from engine.tokenize_inputs(
+            running.loaded_for(adapter),
+            inputs,
+            max_prompt_tokens=self.engine_config.max_prompt_tokens,
+        )
 
     def _prepare(self, running: engine.Engine, input_data: Input) -> Prepared:
         """Check, tokenize and submit a request."""
@@ -495,7 +517,7 @@ class MLXModelRunner:
             )
         adapter = request.adapter if request.names_adapter else self.default_adapter
         return request, engine.to_generation_request(
-            running.loaded,
+            running.loaded_for(adapter),
             request,
             adapter=adapter,
             deadline_s=deadline_s,
@@ -509,8 +531,9 @@ class MLXModelRunner:
         generation: engine.GenerationRequest,
     ) -> Prepared:
         """Compile the grammar, if there is one, and submit each choice."""
-        generation = engine.add_grammar(running.loaded, request, generation)
-        prepared = Prepared(generation, make_reader=_reader_of(running.loaded, request.tools))
+        loaded = running.loaded_for(generation.adapter)
+        generation = engine.add_grammar(loaded, request, generation)
+        prepared = Prepared(generation, make_reader=_reader_of(loaded, request.tools))
         try:
             for choice in engine.split_choices(generation, request.n):
                 prepared.generations.append(running.submit(choice))
