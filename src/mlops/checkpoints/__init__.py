@@ -27,6 +27,7 @@ from mlops.checkpoints.checkpoint import (
     CheckpointKind,
     TensorInfo,
 )
+from mlops.checkpoints.file_set import left_out, stored_files
 from mlops.checkpoints.files import CheckpointFile, list_files
 from mlops.checkpoints.pooling import Pooling, PoolingMode
 from mlops.checkpoints.recognition import recognise
@@ -44,7 +45,9 @@ __all__ = [
     "TensorInfo",
     "adapter_delta_is_zero",
     "check_adapter_fits",
+    "left_out",
     "list_files",
     "read_header",
     "recognise",
+    "stored_files",
 ]

@@ -135,8 +135,9 @@ class Checkpoint:
         model_config: what mlx-lm is given in place of what `config.json` says, where it would not
             read that: the same settings by the names that it knows.
         files: names relative to `path` of all that it consists of, sorted: what is checked, hashed,
-            stored and loaded. Empty when that is every file there.
-        left_out: names of what else lies in the folder, sorted.
+            stored and loaded.
+        left_out: what else lies in the folder, sorted: names of files, and of folders with how many
+            files they hold (`checkpoint-50/ (5 files)`).
         warnings: what its user should know, a sentence each; nothing in them keeps it from
             being served as it was trained.
         description: one phrase for people.

@@ -18,6 +18,7 @@ from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
 from mlops.engine.batching import Trial, try_out
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
+from mlops.engine.model_folder import model_folder
 from mlops.engine.owner import check_stopping, run_in_owner
 from mlops.engine.token_bound import TokenBound
 from mlops.errors import ServiceError
@@ -142,6 +143,8 @@ def _load(
             "load_model",
             {"path": str(checkpoint.path), "kind": checkpoint.kind.value},
         )
+    for warning in checkpoint.warnings:
+        logger.warning("%s: %s", checkpoint.path, warning)
     ensure_blas()
     device = select_device(enable_mps)
     apply_memory_limits(enable_unified_memory, memory_budget_bytes)
@@ -185,9 +188,8 @@ def _load_weights(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
         }
     try:
         # Lazy: weights are read when they are laid out, one layer after the other.
-        model, config = load_mlx_model(
-            checkpoint.path, lazy=True, trust_remote_code=False, **further
-        )
+        with model_folder(checkpoint) as folder:
+            model, config = load_mlx_model(folder, lazy=True, trust_remote_code=False, **further)
     except Exception as exc:
         raise ServiceError(
             f"mlx-lm cannot load {checkpoint.path}: {exc}",
