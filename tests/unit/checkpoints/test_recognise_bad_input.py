@@ -14,41 +14,8 @@ import pytest
 
 from mlops.checkpoints import CheckpointKind, recognise
 from mlops.errors import PackagingError
+from plain_llama import CONFIG, llama_shapes
 from tiny_models import write_safetensors
-
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 10,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-}
-
-
-def llama_shapes() -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (10, 8),
-        "model.norm.weight": (8,),
-        "lm_head.weight": (10, 8),
-    }
-    for number in range(2):
-        layer = f"model.layers.{number}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (8,),
-            f"{layer}.post_attention_layernorm.weight": (8,),
-            f"{layer}.self_attn.q_proj.weight": (8, 8),
-            f"{layer}.self_attn.k_proj.weight": (4, 8),
-            f"{layer}.self_attn.v_proj.weight": (4, 8),
-            f"{layer}.self_attn.o_proj.weight": (8, 8),
-            f"{layer}.mlp.gate_proj.weight": (16, 8),
-            f"{layer}.mlp.up_proj.weight": (16, 8),
-            f"{layer}.mlp.down_proj.weight": (8, 16),
-        }
-    return shapes
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from plain_llama import write_llama, write_plain_adapter
 
 from mlops.checkpoints import recognise
 from mlops.checkpoints.stand_ins import LEFTOVERS
 from mlops.errors import PackagingError
+from plain_llama import write_llama, write_plain_adapter
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

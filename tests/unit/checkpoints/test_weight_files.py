@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from plain_llama import shapes, write_index, write_llama, write_shards
 
 from mlops.checkpoints import Checkpoint, recognise
 from mlops.errors import PackagingError
+from plain_llama import llama_shapes, write_index, write_llama, write_shards
 from tiny_models import write_safetensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -106,7 +106,7 @@ def test_one_file_that_is_cut_off_is_not_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_an_index_of_another_build_is_left_out(tmp_path: Path, num_shards: int) -> None:
     write_llama(tmp_path, num_shards=num_shards)
-    old = {f"{name}_old": "model-00001-of-00007.safetensors" for name in shapes()}
+    old = {f"{name}_old": "model-00001-of-00007.safetensors" for name in llama_shapes()}
     write_index(tmp_path, old)
     found = recognise(tmp_path)
     assert len(found.weight_files) == num_shards
@@ -119,9 +119,9 @@ def test_an_index_with_more_tensors_than_are_there_is_an_unfinished_download(
     tmp_path: Path,
 ) -> None:
     write_llama(tmp_path)
-    some = dict(list(shapes().items())[:5])
+    some = dict(list(llama_shapes().items())[:5])
     write_safetensors(tmp_path / "model.safetensors", some)
-    write_index(tmp_path, dict.fromkeys(shapes(), "model-00001-of-00004.safetensors"))
+    write_index(tmp_path, dict.fromkeys(llama_shapes(), "model-00001-of-00004.safetensors"))
     refused(tmp_path, "model-00001-of-00004.safetensors is missing", "download it again")
 
 
@@ -137,7 +137,7 @@ def test_shards_of_two_builds_without_an_index_are_refused(tmp_path: Path) -> No
     write_llama(tmp_path, num_shards=2)
     write_shards(tmp_path, "model", 3)
     refused(tmp_path, "shards of 2 sets", SHARDS[0], "model-00001-of-00003.safetensors")
-    write_index(tmp_path, dict.fromkeys(shapes(), SHARDS[0]))
+    write_index(tmp_path, dict.fromkeys(llama_shapes(), SHARDS[0]))
     refused(tmp_path, "not in their files")
 
 
@@ -172,9 +172,9 @@ def test_an_index_may_name_files_of_any_name(tmp_path: Path) -> None:
 def test_parts_that_no_index_names_are_told(tmp_path: Path) -> None:
     write_llama(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    names = list(shapes())
+    names = list(llama_shapes())
     for part, some in (("a", names[:9]), ("b", names[9:])):
-        tensors = {name: shapes()[name] for name in some}
+        tensors = {name: llama_shapes()[name] for name in some}
         write_safetensors(tmp_path / f"model-{part}.safetensors", tensors)
     found = recognise(tmp_path)
     assert found.weight_files == ("model-a.safetensors", "model-b.safetensors")
@@ -190,7 +190,7 @@ def test_mistrals_own_format_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "config.json"])
 def test_an_index_that_names_what_are_no_weights(tmp_path: Path, file: str) -> None:
     write_llama(tmp_path)
-    write_index(tmp_path, {**dict.fromkeys(shapes(), "model.safetensors"), "x": file})
+    write_index(tmp_path, {**dict.fromkeys(llama_shapes(), "model.safetensors"), "x": file})
     refused(tmp_path, f"{file} is missing")
 
 

@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def llama_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes of all its tensors by name."""
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (10, 8),
@@ -60,14 +60,14 @@ def write_llama(folder: Path, *, num_shards: int = 1, with_index: bool = False) 
 
 def write_shards(folder: Path, prefix: str, num_shards: int, *, fill: int = 1) -> dict[str, str]:
     """Write all its tensors to so many files; returns which file has which tensor."""
-    names = list(shapes())
+    names = list(llama_shapes())
     weight_map = {}
     for number in range(num_shards):
         file = f"{prefix}-{number + 1:05}-of-{num_shards:05}.safetensors"
         if num_shards == 1:
             file = f"{prefix}.safetensors"
         part = names[number::num_shards]
-        write_safetensors(folder / file, {name: shapes()[name] for name in part}, fill=fill)
+        write_safetensors(folder / file, {name: llama_shapes()[name] for name in part}, fill=fill)
         weight_map |= dict.fromkeys(part, file)
     return weight_map
 
