@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from mlops.checkpoints.files import CheckpointFile, read_start
+from mlops.checkpoints.pooling import MODULES
 from mlops.checkpoints.refusal import refusal
 
 LEFTOVERS = (
@@ -35,7 +36,10 @@ _ERROR_KEYS = frozenset(
 
 
 def refuse_stand_ins(folder: Path, files: Iterable[CheckpointFile]) -> None:
-    """Raise `PackagingError` for the first of these files that is something else in its stead."""
+    """Raise `PackagingError` for the first of these files that is something else in its stead.
+
+    Of an empty `modules.json` it is enough that there are no embeddings, which `read_pooling` says.
+    """
     for file in files:
         name = file.relative_path
         suffix = PurePosixPath(name).suffix.lower()
@@ -47,7 +51,7 @@ def refuse_stand_ins(folder: Path, files: Iterable[CheckpointFile]) -> None:
                 folder,
                 file=name,
             )
-        if not start and suffix in _NEVER_EMPTY:
+        if not start and suffix in _NEVER_EMPTY and name != MODULES:
             raise refusal(
                 f"{name} in {folder} is empty; copy or download it again", folder, file=name
             )
