@@ -92,9 +92,9 @@ def unfinished(name: str) -> str:
 
 def _answer_of_a_server(suffix: str, start: bytes, size: int) -> str:
     """What a file of this suffix cannot begin with, in words; "" when all is well."""
-    if suffix not in _NEVER_A_PAGE:
-        return ""
     text = start.strip()
+    if not text or suffix not in _NEVER_A_PAGE:
+        return ""
     if text.lower().startswith(_PAGES):
         return "a web page"
     if suffix == ".safetensors" and len(start) >= 8 and _is_text(start[:8]):
