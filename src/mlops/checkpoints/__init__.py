@@ -41,6 +41,7 @@ from mlops.checkpoints.checkpoint import (
     Update,
 )
 from mlops.checkpoints.expert_adapters import ExpertLinear, ExpertLinears
+from mlops.checkpoints.file_set import left_out, stored_files
 from mlops.checkpoints.files import CheckpointFile, list_files
 from mlops.checkpoints.placement import BaseModules
 from mlops.checkpoints.pooling import Pooling, PoolingMode
@@ -71,8 +72,10 @@ __all__ = [
     "check_finite",
     "describe_quantization",
     "find_tokenizer_files",
+    "left_out",
     "list_files",
     "read_header",
     "recognise",
+    "stored_files",
     "updates_in_base",
 ]

@@ -208,8 +208,9 @@ class Checkpoint:
         ropes: rotary embeddings that mlx-lm cannot be told of, of each layer (None: the layer keeps
             its own), or one for all; empty when mlx-lm's are right.
         files: names relative to `path` of all that it consists of, sorted: what is checked, hashed,
-            stored and loaded. Empty when that is every file there.
-        left_out: names of what else lies in the folder, sorted.
+            stored and loaded.
+        left_out: what else lies in the folder, sorted: names of files, and of folders with how many
+            files they hold (`checkpoint-50/ (5 files)`).
         warnings: what its user should know, a sentence each; nothing in them keeps it from
             being served as it was trained.
         description: one phrase for people.

@@ -3,6 +3,9 @@
 What a folder holds is not trusted: a link that leads out of it, a device or a name that is no text
 is refused, and depth and number are bounded. One kind of link is allowed to leave: the Hugging Face
 cache keeps a model's files in `blobs` and links to them from `snapshots/REVISION`.
+
+Only a file that somebody asks for is looked at. What a trainer left beside a model, such as ten
+thousand logs or a link to another disk, is known by name alone and stands in nobody's way.
 """
 
 from __future__ import annotations
@@ -10,22 +13,26 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlops.checkpoints.refusal import refusal
 
 MAX_DEPTH = 16
 MAX_FILES = 100_000
+MAX_NAMES = 1_000_000
+"""The most names that a folder may hold in all, whether anybody asks for them or not."""
+
 MAX_JSON_BYTES = 64 * 1024 * 1024
 
 LITTER = frozenset({"__pycache__", "__MACOSX", "Thumbs.db", "desktop.ini", "Icon\r"})
 """Skipped, as is every name that begins with a dot."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dylib", ".dll"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,54 @@ class CheckpointFile:
     relative_path: str
     path: Path
     size: int
+
+
+class Folder(Mapping[str, CheckpointFile]):
+    """The files under a folder by relative path, in order; for a single file, that file.
+
+    Hidden files, caches and what operating systems strew about are left out. Names are found at
+    once; the file behind a name is checked when it is looked at, and refused then.
+
+    Raises:
+        PackagingError: the folder cannot be read, or holds more than `MAX_NAMES` names. Looking at
+            a file: it is a link that leads out of the folder, no regular file, nested too deep, or
+            its name is no text.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
+        self._root = path.resolve()
+        self._is_file = self._root.is_file()
+        self._allowed = _allowed_roots(self._root)
+        found = [path.name] if self._is_file else []
+        for name in () if self._is_file else _walk(self._root):
+            found.append(name)
+            if len(found) > MAX_NAMES:
+                raise _too_many(path, MAX_NAMES)
+        self._files: dict[str, CheckpointFile | None] = dict.fromkeys(sorted(found))
+
+    def __getitem__(self, name: str) -> CheckpointFile:
+        file = self._files[name]
+        if file is None:
+            if self._is_file:
+                file = CheckpointFile(name, self._root, self._root.stat().st_size)
+            else:
+                file = _regular_file(name, self._root, self._allowed)
+            self._files[name] = file
+        return file
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def at_top(self) -> list[str]:
+        """Names of the files that lie in no folder below."""
+        return [name for name in self._files if "/" not in name]
 
 
 def list_files(
@@ -61,27 +116,24 @@ def list_files(
         PackagingError: a link leads out of the folder, something is no regular file, a name is no
             text, or there are too many files.
     """
-    folder = Path(folder)
-    root = folder.resolve()
-    if root.is_file():
-        found = [CheckpointFile(folder.name, root, root.stat().st_size)]
-    else:
-        found = []
-        for file in _walk(root, root, _allowed_roots(root), 0):
-            found.append(file)
-            if len(found) > MAX_FILES:
-                raise refusal(
-                    f"{folder} holds more than {MAX_FILES} files; give the folder of one model",
-                    folder,
-                )
-    return sorted(
-        (
-            file
-            for file in found
-            if (not include or _matches_any(include, file)) and not _matches_any(exclude, file)
-        ),
-        key=lambda file: file.relative_path,
-    )
+    files = Folder(folder)
+    names = [
+        name
+        for name in files
+        if (not include or matches_any(include, name)) and not matches_any(exclude, name)
+    ]
+    refuse_too_many(folder, names)
+    return [files[name] for name in names if not is_pickle(files[name])]
+
+
+def refuse_too_many(folder: str | Path, names: Collection[str]) -> None:
+    """Raise `PackagingError` for more than `MAX_FILES` names of files that are to be read."""
+    if len(names) > MAX_FILES:
+        raise _too_many(folder, MAX_FILES)
+
+
+def _too_many(folder: str | Path, limit: int) -> Exception:
+    return refusal(f"{folder} holds more than {limit} files; give the folder of one model", folder)
 
 
 def read_json(file: CheckpointFile) -> dict[str, Any]:
@@ -129,71 +181,94 @@ def _read_json(file: CheckpointFile) -> Any:
         raise refusal(f"{name} is not valid JSON: {exc}", file.path, file=name) from exc
 
 
-def is_pickle(path: Path) -> bool:
-    """True for a pickle or an archive of `torch.save`; a `.bin` is judged by its first bytes."""
-    suffix = path.suffix.lower()
+def is_pickle(file: CheckpointFile) -> bool:
+    """True for a pickle or an archive of `torch.save`; a `.bin` is judged by its first bytes.
+
+    Raises:
+        PackagingError: it cannot be read.
+    """
+    suffix = PurePosixPath(file.relative_path).suffix.lower()
     if suffix != ".bin":
         return suffix in PICKLE_SUFFIXES
-    with path.open("rb") as file:
-        start = file.read(4096)
+    start = read_start(file, 4096)
     is_protocol = len(start) > 2 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2] != 0
     return is_protocol or (start.startswith(b"PK\x03\x04") and b"data.pkl" in start)
 
 
-def _walk(
-    folder: Path, root: Path, allowed: tuple[Path, ...], depth: int
-) -> Iterator[CheckpointFile]:
-    if depth > MAX_DEPTH:
-        raise refusal(f"{root} has folders nested more than {MAX_DEPTH} deep", root)
+def is_code(name: str) -> bool:
+    """True for the name of a program or library, which is never run and never stored."""
+    return PurePosixPath(name).suffix.lower() in CODE_SUFFIXES
+
+
+def read_start(file: CheckpointFile, num_bytes: int) -> bytes:
+    """The first bytes of a file; all of it when it is shorter.
+
+    Raises:
+        PackagingError: it cannot be read.
+    """
+    name = file.relative_path
     try:
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda entry: entry.name)
+        with file.path.open("rb") as stream:
+            return stream.read(num_bytes)
     except OSError as exc:
-        raise refusal(f"{folder} cannot be read: {exc.strerror}", folder) from exc
-    for entry in ordered:
-        if entry.name.startswith(".") or entry.name in LITTER:
-            continue
-        if not entry.name.isprintable():
-            raise refusal(
-                f"a file name in {folder} is not printable text: {entry.name!a}; rename it",
-                folder,
-                file=ascii(entry.name),
-            )
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(path, root, allowed, depth + 1)
-        else:
-            file = _regular_file(path, root, allowed)
-            if file is not None:
-                yield file
+        raise refusal(f"{name} cannot be read: {exc.strerror}", file.path, file=name) from exc
 
 
-def _regular_file(path: Path, root: Path, allowed: tuple[Path, ...]) -> CheckpointFile | None:
-    """The file behind a path or link; None for a pickle, which is left out."""
-    relative = path.relative_to(root).as_posix()
+def _walk(root: Path) -> Iterator[str]:
+    """Relative paths of all that is no folder, and of folders that cannot be entered."""
+    waiting = [(root, "", 0)]
+    while waiting:
+        folder, prefix, depth = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name in LITTER:
+                        continue
+                    name = prefix + entry.name
+                    if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
+                        waiting.append((folder / entry.name, f"{name}/", depth + 1))
+                    else:
+                        yield name
+        except OSError as exc:
+            if folder == root:
+                raise refusal(f"{root} cannot be read: {exc.strerror}", root) from exc
+            yield prefix.removesuffix("/")
+
+
+def _regular_file(name: str, root: Path, allowed: tuple[Path, ...]) -> CheckpointFile:
+    """The file behind a name or link."""
+    if not name.isprintable():
+        raise refusal(
+            f"a file name in {root} is not printable text: {name!a}; rename it",
+            root,
+            file=ascii(name),
+        )
+    path = root / name
     try:
         target = path.resolve(strict=True)
         status = target.stat()
     except (OSError, RuntimeError) as exc:
-        raise refusal(
-            f"{relative} cannot be read: a link that leads nowhere", root, file=relative
-        ) from exc
+        raise refusal(f"{name} cannot be read: a link that leads nowhere", root, file=name) from exc
     if not any(target.is_relative_to(place) for place in allowed):
         raise refusal(
-            f"{relative} is a link that leads out of the folder, to {target}; put the file itself "
+            f"{name} is a link that leads out of the folder, to {target}; put the file itself "
             "in its place",
             root,
-            file=relative,
+            file=name,
             target=str(target),
         )
+    if stat.S_ISDIR(status.st_mode) and not path.is_symlink():
+        too_deep = name.count("/") >= MAX_DEPTH
+        raise refusal(
+            f"{root} has folders nested more than {MAX_DEPTH} deep"
+            if too_deep
+            else f"the folder {name} cannot be read; allow reading it",
+            root,
+            file=name,
+        )
     if not stat.S_ISREG(status.st_mode):
-        raise refusal(f"{relative} is not a regular file; remove it", root, file=relative)
-    try:
-        if is_pickle(path):
-            return None
-    except OSError as exc:
-        raise refusal(f"{relative} cannot be read: {exc.strerror}", root, file=relative) from exc
-    return CheckpointFile(relative, target, status.st_size)
+        raise refusal(f"{name} is not a regular file; remove it", root, file=name)
+    return CheckpointFile(name, target, status.st_size)
 
 
 def _allowed_roots(root: Path) -> tuple[Path, ...]:
@@ -204,8 +279,9 @@ def _allowed_roots(root: Path) -> tuple[Path, ...]:
     return (root,)
 
 
-def _matches_any(patterns: Sequence[str], file: CheckpointFile) -> bool:
-    parts = file.relative_path.split("/")
+def matches_any(patterns: Sequence[str], name: str) -> bool:
+    """True when one of the globs matches a relative path; `list_files` says how."""
+    parts = name.split("/")
     return any(_matches(pattern, parts) for pattern in patterns)
 
 

@@ -11,22 +11,25 @@ from mlops.checkpoints import architectures
 from mlops.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointKind,
-    TensorInfo,
     size_of_model,
 )
 from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
 from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.quantization import describe_quantization, read_quantization
-from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.refusal import refusal
 from mlops.checkpoints.settings import honour_settings
+from mlops.checkpoints.stand_ins import refuse_stand_ins, refuse_unfinished
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.checkpoints.tokenizer_files import has_vocabulary
 from mlops.checkpoints.translation import translate
+from mlops.checkpoints.weight_files import (
+    check_against_index,
+    choose_weight_files,
+    refuse_rivals,
+)
 from mlops.counts import count
 
-INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"^(model.*)-(\d{5,})-of-(\d{5,})\.safetensors$")
 _MODEL_TYPE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
 
 
@@ -40,12 +43,15 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         PackagingError: it is incomplete, contradicts itself or is no model that mlx-lm can load.
     """
     config = _read_config(path, files)
-    weight_files = _weight_files(path, files)
+    weights = choose_weight_files(path, files)
+    refuse_unfinished(path, files, set(weights.with_index))
+    weight_files = [files[name] for name in weights.names]
+    refuse_stand_ins(path, weight_files)
     tensors, metadata = read_tensors(path, weight_files)
     if not tensors:
         raise refusal(f"the weight files in {path} hold no tensors", path)
-    if INDEX in files:
-        _check_index(path, read_json(files[INDEX]), tensors)
+    check_against_index(path, weights, tensors)
+    refuse_rivals(path, files, weights, tensors)
     if not architectures.is_supported(config):
         needs_code = " (its own code, which auto_map names, would be needed and is never run)"
         raise refusal(
@@ -76,7 +82,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         description=_describe(
             config, quantization.summary, num_parameters, weight_files, has_tokenizer
         ),
-        weight_files=tuple(file.relative_path for file in weight_files),
+        weight_files=weights.names,
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         architecture=config["model_type"],
         quantization=quantization.summary,
@@ -87,9 +93,15 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         config=config,
         pooling=read_pooling(config, files),
         is_headless=is_headless,
+        files=weights.with_index,
         model_config={**told, **honoured.model_config},
         ropes=translation.ropes,
-        warnings=(*quantization.warnings, *translation.warnings, *honoured.warnings),
+        warnings=(
+            *weights.warnings,
+            *quantization.warnings,
+            *translation.warnings,
+            *honoured.warnings,
+        ),
     )
 
 
@@ -108,55 +120,6 @@ def _read_config(path: Path, files: Mapping[str, CheckpointFile]) -> dict[str, A
             file="config.json",
         )
     return config
-
-
-def _weight_files(path: Path, files: Mapping[str, CheckpointFile]) -> list[CheckpointFile]:
-    """The files that mlx-lm loads: `model*.safetensors` beside `config.json`."""
-    safetensors = [name for name in files if name.endswith(".safetensors") and "/" not in name]
-    names = [name for name in safetensors if name.startswith("model")]
-    if not names:
-        raise refusal(
-            f"{path} has {examples(safetensors)}, but weights are read from model*.safetensors; "
-            "rename the file",
-            path,
-            files=safetensors,
-        )
-    for name in names:
-        if shard := _SHARD.match(name):
-            for number in range(1, min(int(shard[3]), 10_000) + 1):
-                wanted = f"{shard[1]}-{number:0{len(shard[2])}}-of-{shard[3]}.safetensors"
-                if wanted not in files:
-                    raise _missing_shard(path, wanted)
-    return [files[name] for name in names]
-
-
-def _missing_shard(path: Path, name: str) -> Exception:
-    return refusal(
-        f"the weight file {examples([name])} is missing from {path}; copy or download it again",
-        path,
-        file=name,
-    )
-
-
-def _check_index(path: Path, index: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """The index and the files name the same tensors in the same places."""
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
-        raise refusal(f"{INDEX} in {path} has no weight_map", path, file=INDEX)
-    present = {tensor.file for tensor in tensors.values()}
-    for file in sorted(set(weight_map.values()) - present):
-        raise _missing_shard(path, file[:200])
-    placed = {name: tensor.file for name, tensor in tensors.items()}
-    wrong = sorted(name for name, file in weight_map.items() if placed.get(name) != file)
-    if wrong:
-        raise refusal(
-            f"tensors that {INDEX} names are not in their files: {examples(wrong)}; copy or "
-            "download the weights again",
-            path,
-            tensors=wrong[:10],
-        )
 
 
 def _describe(

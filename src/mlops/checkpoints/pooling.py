@@ -18,6 +18,7 @@ from mlops.errors import PackagingError
 
 MODULES = "modules.json"
 MAX_MODULES = 16
+_STEP_FILES = ("config.json", "model.safetensors")
 
 
 class PoolingMode(StrEnum):
@@ -57,6 +58,21 @@ def read_pooling(config: Mapping[str, Any], files: Mapping[str, CheckpointFile])
         return _read(config, files)
     except PackagingError as exc:  # a language model all the same
         return Pooling(problem=exc.message)
+
+
+def pooling_files(files: Mapping[str, CheckpointFile]) -> list[str]:
+    """Names of the files in the folders of the steps that `modules.json` names."""
+    if MODULES not in files:
+        return []
+    try:
+        modules = read_json_list(files[MODULES])[:MAX_MODULES]
+    except PackagingError:  # a language model all the same
+        return []
+    folders = [
+        str(module["path"]) for module in modules if isinstance(module, dict) and "path" in module
+    ]
+    wanted = {f"{folder}/{name}" for folder in folders if folder for name in _STEP_FILES}
+    return [name for name in files if name in wanted]
 
 
 def _read(config: Mapping[str, Any], files: Mapping[str, CheckpointFile]) -> Pooling:

@@ -12,9 +12,7 @@ def refusal(
     message: str, path: str | Path, operation: str = "recognise", **details: Any
 ) -> PackagingError:
     """The error to raise for what is at `path`; `details` are JSON types."""
-    return PackagingError(
-        _printable(message), operation, {"path": _printable(str(path)), **details}
-    )
+    return PackagingError(printable(message), operation, {"path": printable(str(path)), **details})
 
 
 def examples(names: list[str], limit: int = 3) -> str:
@@ -23,6 +21,6 @@ def examples(names: list[str], limit: int = 3) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """For a terminal or a log: names on disk may hold line breaks and bytes that are no text."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlops.checkpoints.files import CheckpointFile, list_files, read_json
+from mlops.checkpoints.files import CheckpointFile, Folder, read_json
 from mlops.checkpoints.refusal import refusal
 
 CONFIG = "tokenizer_config.json"
@@ -128,10 +128,11 @@ def find_tokenizer_files(path: str | Path) -> TokenizerFiles:
         PackagingError: one of them is too large, or `list_files` refuses the folder.
     """
     path = Path(path)
+    folder = Folder(path)
     found = {
-        file.relative_path: file
-        for file in list_files(path)
-        if _matches(file.relative_path, (*VOCABULARIES, *TEMPLATES, *SETTINGS))
+        name: folder[name]
+        for name in folder
+        if _matches(name, (*VOCABULARIES, *TEMPLATES, *SETTINGS))
     }
     for name, file in found.items():
         if file.size > MAX_BYTES:

@@ -59,7 +59,11 @@ def package(
         typer.Option(metavar="KEY=VALUE", help="For searches; several times."),
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Glob of files to store; several times.")
+        list[str] | None,
+        typer.Option(
+            help="Glob of files to store in place of the model's own, or besides them what is "
+            "otherwise left out; several times."
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Glob of files to leave out; several times.")
@@ -118,6 +122,8 @@ def package(
 
 
 def _print_result(result: dict[str, Any]) -> None:
+    from mlops.checkpoints.refusal import examples as first_of
+
     output = console.output()
     word = "unchanged" if result["unchanged"] else "stored"
     size_mb = result["size_bytes"] / 2**20
@@ -129,6 +135,10 @@ def _print_result(result: dict[str, Any]) -> None:
         output.print(f"adapter  {name}  {tag}")
     for old, new in result["renamed"].items():
         output.print(f"note     {old!r} is no part of a tag; it became {new!r}", style="yellow")
+    for warning in result["warnings"]:
+        output.print(f"warning  {warning}", style="yellow")
+    if result["left_out"]:
+        output.print(f"left out {first_of(result['left_out'], 10)}; --include asks for more")
     link = result["tracking"]
     if link is not None:
         waits = f"{'queued' if link.queued else 'not linked'}: {link.reason}"

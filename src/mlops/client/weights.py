@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlops.checkpoints.files import CheckpointFile, list_files
-from mlops.errors import PackagingError, TrackingError
+from mlops.checkpoints import CheckpointFile, list_files, recognise, stored_files
+from mlops.errors import MissingDependencyError, PackagingError, TrackingError
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "mlops-model.json"
@@ -25,7 +25,9 @@ _ACCEPTED = (
 
 
 def checkpoint_files(path: Path) -> list[CheckpointFile]:
-    """The files of a checkpoint's folder, or the one weight file at `path`; pickles are left out.
+    """What a checkpoint consists of, as packaging stores it; without pickles.
+
+    Of a folder, or a weight file, that packaging would not take, all files.
 
     Raises:
         TrackingError: nothing is there, no weights are in it, or a link leads out of it.
@@ -33,7 +35,10 @@ def checkpoint_files(path: Path) -> list[CheckpointFile]:
     if not path.exists():
         raise TrackingError(f"there is no checkpoint at {path}")
     try:
-        files = list_files(path)
+        try:
+            files = stored_files(recognise(path))
+        except (PackagingError, MissingDependencyError):
+            files = list_files(path)
     except PackagingError as exc:
         raise TrackingError(exc.message) from exc
     if not any(file.relative_path.endswith(WEIGHT_SUFFIXES) for file in files):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from mlops.checkpoints import Checkpoint
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import MLX_BITS, MLX_GROUP_SIZES
+from mlops.engine.model_folder import model_folder
 from mlops.errors import PackagingError, sentence_of
 
 if TYPE_CHECKING:
@@ -55,13 +56,14 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
         settings["tie_word_embeddings"] = True
     build = _Build(checkpoint)
     try:
-        model, config = load_model(
-            checkpoint.path,
-            lazy=True,
-            trust_remote_code=False,
-            model_config=settings,
-            get_model_classes=build.find_classes,
-        )
+        with model_folder(checkpoint) as folder:
+            model, config = load_model(
+                folder,
+                lazy=True,
+                trust_remote_code=False,
+                model_config=settings,
+                get_model_classes=build.find_classes,
+            )
         set_ropes(model, checkpoint.ropes)
     except PackagingError:
         raise

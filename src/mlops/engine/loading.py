@@ -145,6 +145,8 @@ def _load(
             "load_model",
             {"path": str(checkpoint.path), "kind": checkpoint.kind.value},
         )
+    for warning in checkpoint.warnings:
+        logger.warning("%s: %s", checkpoint.path, warning)
     ensure_blas()
     device = select_device(enable_mps)
     apply_memory_limits(enable_unified_memory, memory_budget_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlops.checkpoints import Checkpoint, CheckpointKind, hub, list_files, recognise
+from mlops.checkpoints import Checkpoint, CheckpointKind, hub, recognise, stored_files
 from mlops.errors import IntegrityError, PackagingError
 from mlops.hardware.home import expand
 from mlops.registry import tags
@@ -181,7 +181,7 @@ def content_digest(model: ResolvedModel) -> str:
     files = tuple(
         sorted(
             StoredFile(file.relative_path, file.size, hash_file(file.path))
-            for file in list_files(model.path)
+            for file in stored_files(model.checkpoint)
         )
     )
     checkpoint = model.checkpoint

@@ -14,41 +14,8 @@ import pytest
 
 from mlops.checkpoints import CheckpointKind, recognise
 from mlops.errors import PackagingError
+from plain_llama import CONFIG, llama_shapes
 from tiny_models import write_safetensors
-
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 10,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-}
-
-
-def llama_shapes() -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (10, 8),
-        "model.norm.weight": (8,),
-        "lm_head.weight": (10, 8),
-    }
-    for number in range(2):
-        layer = f"model.layers.{number}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (8,),
-            f"{layer}.post_attention_layernorm.weight": (8,),
-            f"{layer}.self_attn.q_proj.weight": (8, 8),
-            f"{layer}.self_attn.k_proj.weight": (4, 8),
-            f"{layer}.self_attn.v_proj.weight": (4, 8),
-            f"{layer}.self_attn.o_proj.weight": (8, 8),
-            f"{layer}.mlp.gate_proj.weight": (16, 8),
-            f"{layer}.mlp.up_proj.weight": (16, 8),
-            f"{layer}.mlp.down_proj.weight": (8, 16),
-        }
-    return shapes
 
 
 @pytest.fixture
@@ -275,6 +242,7 @@ def test_a_tensor_that_is_only_in_the_index(model: Path) -> None:
 
 
 def test_a_tensor_in_two_files(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-main.safetensors")
     write_safetensors(model / "model-extra.safetensors", {"lm_head.weight": (10, 8)})
     refused(model, "the tensor lm_head.weight is in", "remove the file")
 
@@ -306,12 +274,13 @@ def test_pickles_of_the_trainer_beside_safetensors_are_passed_over(model: Path) 
     assert recognise(model).weight_files == ("model.safetensors",)
 
 
-@pytest.mark.parametrize("name", ["modeling_evil.py", "sub/helper.py", "kernel.so"])
-def test_own_code(model: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["modeling_evil.py", "sub/helper.py", "kernel.so", "license.py"])
+def test_code_that_nothing_asks_for_is_left_out(model: Path, name: str) -> None:
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text("raise SystemExit(66)")
-    error = refused(model, "brings its own code", name, "never run")
-    assert error.details["files"] == [name]
+    found = recognise(model)
+    assert name not in found.files
+    assert found.left_out == (name if "/" not in name else "sub/ (1 file)",)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

@@ -23,8 +23,9 @@ from mlops.checkpoints import (
     adapter_delta_is_zero,
     check_adapter_fits,
     check_finite,
-    list_files,
+    left_out,
     recognise,
+    stored_files,
 )
 from mlops.engine.request import BASE_NAME
 from mlops.engine.servable import check_loads
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 SERVED_KINDS = frozenset({CheckpointKind.LANGUAGE_MODEL, CheckpointKind.ADAPTER})
 """Kinds of checkpoint that this version has a runner for."""
 
+_KEPT_BY_A_COPY = ("kind", "has_tokenizer", "weight_files")
+
 RUN_LABEL = "mlflow_run_id"
 """The label, or key of the metadata, that names the MLflow run which a model comes from."""
 
@@ -62,7 +65,9 @@ class PackageConfig:
         description: for people; becomes the Bento's readme.
         labels: text to text, for searches.
         metadata: plain values, kept with the model.
-        include_patterns, exclude_patterns: globs as in `.gitignore`; by default every file.
+        include_patterns, exclude_patterns: globs as in `.gitignore`; by default the files that the
+            checkpoint consists of are stored. `include_patterns` that match some of these say what
+            is stored in their place; others ask for more of what is left out.
         base_model: folder, tag or hub id of an adapter's base; by default what the adapter names.
         adapters: further adapters of a full model (folder or tag each), by the name that a request
             gives; the Bento serves them all over the one base.
@@ -157,6 +162,8 @@ class ModelPackager:
         self._model: StoredModel | None = None
         self._base: StoredModel | None = None
         self._adapters: dict[str, StoredModel] = {}
+        self._warnings: list[str] = []
+        self._left_out: list[str] = []
         self._new: list[str] = []
 
     @property
@@ -184,17 +191,13 @@ class ModelPackager:
         return self._resolve().checkpoint
 
     def collect_model_files(self) -> list[CheckpointFile]:
-        """The files to store, ordered by path: what the patterns include and do not exclude.
+        """The files to store, ordered by path: the checkpoint's own, as the patterns change them.
 
         Raises:
             PackagingError: none is left, or a weight file that the model needs is excluded.
         """
         checkpoint = self.validate_model_path()
-        files = list_files(
-            checkpoint.path,
-            include=tuple(self.config.include_patterns),
-            exclude=tuple(self.config.exclude_patterns),
-        )
+        files = stored_files(checkpoint, self.config.include_patterns, self.config.exclude_patterns)
         names = {file.relative_path for file in files}
         for weight_file in checkpoint.weight_files:
             if str(weight_file) not in names:
@@ -233,10 +236,17 @@ class ModelPackager:
         resolved = self._resolve()
         self._check_framework(resolved.checkpoint)
         files = self.collect_model_files()
-        self._resolved = resolved = self._check_loads(resolved)
+        adapters = {
+            name: _resolve_adapter(source, resolved.tag or resolved.path)
+            for name, source in sorted(self.config.adapters.items())
+        }
+        self._resolved = resolved = self._check_loads(resolved, adapters)
         self._base = self._store_base(resolved, progress) if resolved.base else None
         for old, new in self.renamed.items():
             logger.warning("%r is no part of a tag; stored as %r", old, new)
+        self._warnings, self._left_out = _notes(resolved, files, adapters)
+        for warning in self._warnings:
+            logger.warning("%s", warning)
         self._model = self._save(
             self.model_name,
             self._version,
@@ -302,8 +312,9 @@ class ModelPackager:
             `docker_image` (None where not asked for), `base_model_tag`, `adapter_tags` (by name),
             `parts` (the stored models: `model`, `base_model`, `adapter.NAME`, each with tag and
             digests), `project_name`, `description`, `num_files`, `size_bytes`, `renamed` (what had
-            to be written differently in a tag), `unchanged` (all of it was there already),
-            `tracking`.
+            to be written differently in a tag), `left_out` (what lies in the folders and is not
+            stored), `warnings` (what to know of the model, its base and its adapters), `unchanged`
+            (all of it was there already), `tracking`.
 
         Raises:
             PackagingError: a step failed. What was stored before that is whole and stays: the error
@@ -343,6 +354,8 @@ class ModelPackager:
             "num_files": len(model.manifest.files),
             "size_bytes": model.manifest.size,
             "renamed": self.renamed,
+            "left_out": self._left_out,
+            "warnings": self._warnings,
             "unchanged": not model.created and not (built and built.created),
             "tracking": None,
         }
@@ -452,23 +465,23 @@ class ModelPackager:
                 {"path": str(language_model.path)},
             )
 
-    def _check_loads(self, resolved: ResolvedModel) -> ResolvedModel:
+    def _check_loads(
+        self, resolved: ResolvedModel, adapters: dict[str, ResolvedModel]
+    ) -> ResolvedModel:
         """Refuse what could not be served; what there is to know is added to its warnings."""
-        adapters = [
-            _resolve_adapter(source, resolved.tag or resolved.path).checkpoint
-            for source in self.config.adapters.values()
-        ]
-        checkpoint, model = resolved.checkpoint, resolved.checkpoint
+        checkpoint = resolved.checkpoint
         if resolved.base is not None:
-            model, adapters = resolved.base.checkpoint, [checkpoint]
-        warnings = [*checkpoint.warnings, *check_loads(model, *adapters)]
+            found = check_loads(resolved.base.checkpoint, checkpoint)
+        else:
+            found = check_loads(checkpoint, *(one.checkpoint for one in adapters.values()))
+        warnings = [*checkpoint.warnings, *found]
         return replace(resolved, checkpoint=replace(checkpoint, warnings=tuple(warnings)))
 
     def _check_copy(self, folder: Path) -> None:
         """Look at the stored files as at any checkpoint: patterns or others changed them."""
         original = self.validate_model_path()
         copy = recognise(folder)
-        if (copy.kind, copy.has_tokenizer) != (original.kind, original.has_tokenizer):
+        if any(getattr(copy, fact) != getattr(original, fact) for fact in _KEPT_BY_A_COPY):
             raise PackagingError(
                 f"what would be stored of {original.path} is {copy.description}, and not "
                 f"{original.description}: change include_patterns or exclude_patterns",
@@ -494,11 +507,10 @@ class ModelPackager:
         if base.tag is not None:
             return ModelStore().get(base.tag)
         name = base.revision.partition("@")[0] if base.revision else base.path.name
-        files = list_files(base.path)
         return self._save(
             tags.valid_name(name, "base_model"),
             None,
-            [(file.relative_path, file.path) for file in files],
+            _sources(base),
             kind=base.checkpoint.kind.value,
             framework=base.checkpoint.framework,
             labels={"project": self.config.project_name, "role": "base"},
@@ -515,13 +527,33 @@ class ModelPackager:
         return self._save(
             tags.valid_name(f"{self.model_name}-{name}", "adapters"),
             None,
-            [(file.relative_path, file.path) for file in list_files(adapter.path)],
+            _sources(adapter),
             kind=adapter.checkpoint.kind.value,
             framework=adapter.checkpoint.framework,
             base=model,
             labels={"project": self.config.project_name},
             reuse=True,
         )
+
+
+def _sources(model: ResolvedModel) -> list[tuple[str, Path]]:
+    """What of a model is stored, as the store takes it."""
+    return [(file.relative_path, file.path) for file in stored_files(model.checkpoint)]
+
+
+def _notes(
+    model: ResolvedModel, files: list[CheckpointFile], adapters: dict[str, ResolvedModel]
+) -> tuple[list[str], list[str]]:
+    """Warnings of a model, its base and its adapters; and what of their folders is not stored."""
+    others = {"base model": model.base} if model.base else {}
+    others |= {f"adapter {name}": adapter for name, adapter in adapters.items()}
+    warnings = list(model.checkpoint.warnings)
+    names = list(left_out(model.checkpoint, files))
+    for role, other in others.items():
+        warnings += [f"{role}: {warning}" for warning in other.checkpoint.warnings]
+        if other.tag is None:  # what is stored already is linked as it is
+            names += [f"{role}: {name}" for name in other.checkpoint.left_out]
+    return warnings, names
 
 
 def _part(entry: StoredModel) -> dict[str, str]:

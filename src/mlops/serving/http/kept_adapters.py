@@ -96,8 +96,8 @@ class KeptAdapters:
         checkpoint = recognise(path)
         if checkpoint.adapter is None:  # the runner refuses it
             return KeptAdapter(str(path), None)
-        names = ("adapter_config.json", *checkpoint.weight_files)
-        return KeptAdapter(str(path), digest_of({name: hash_file(path / name) for name in names}))
+        hashes = {name: hash_file(path / name) for name in checkpoint.files}
+        return KeptAdapter(str(path), digest_of(hashes))
 
     def loaded(self, name: str, adapter: KeptAdapter) -> None:
         """Keep an adapter that a client has loaded, as it was before that."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import sys
 import threading
 import weakref
@@ -36,6 +37,8 @@ from mlops.serving.runner.outputs import to_json
 
 if TYPE_CHECKING:
     from mlops.registry import ResolvedModel
+
+logger = logging.getLogger(__name__)
 
 Input = str | Mapping[str, Any]
 Result = TypeVar("Result")
@@ -696,6 +699,8 @@ class _FoundAdapter:
     def put_into(self, running: engine.Engine, name: str) -> None:
         """Make it known to an engine."""
         model = self.model
+        for warning in model.checkpoint.warnings:
+            logger.warning("the adapter %r: %s", name, warning)
         running.add_adapter(name, model.checkpoint, digest=model.digest, verify=self.verify)
 
 
