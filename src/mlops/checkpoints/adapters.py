@@ -34,6 +34,9 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 
 FLOATS = ("F32", "F16", "BF16")
 
+LARGEST_SCALE = 1e4
+"""Of an adapter, alpha over rank: trained ones have 0.1 to some 100."""
+
 _MLX_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 _PEFT_KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+)\."
@@ -293,7 +296,16 @@ def _pair(source: _Tensors, scale_of: Callable[[str, int], float]) -> dict[str, 
     modules = {}
     for name, keys in sorted(found.items()):
         module = _module(source, name, keys)
-        modules[name] = replace(module, scale=scale_of(name, module.rank))
+        scale = scale_of(name, module.rank)
+        if not abs(scale) <= LARGEST_SCALE:
+            raise refusal(
+                f"the adapter {source.path} has the scale {scale:g} for {name}: nothing is trained "
+                f"with more than {LARGEST_SCALE:g}, so the scale or alpha in {CONFIG} is wrong; "
+                "write the one that it was trained with",
+                source.path,
+                file=CONFIG,
+            )
+        modules[name] = replace(module, scale=scale)
     return modules
 
 
