@@ -27,7 +27,7 @@ settings.load_profile("patient")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 ensure_blas()  # before any test imports MLX
 
-LEVELS = ("unit", "docs", "integration", "attacks", "e2e")
+LEVELS = ("unit", "docs", "integration", "sweep", "attacks", "e2e")
 RAY = "ray"
 
 

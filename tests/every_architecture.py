@@ -54,7 +54,7 @@ COMMON: dict[str, Any] = {
     **dict.fromkeys(("use_conv_bias", "norm_topk_prob", "tie_word_embeddings"), True),
     **dict.fromkeys(("conv_bias", "use_expert_bias", "post_norm", "use_qk_norm", "qk_norm"), True),
     **dict.fromkeys(("use_qkv_bias",), True),
-    **dict.fromkeys(("mlp_only_layers", "no_rope_layers"), []),
+    **{key: [] for key in ("mlp_only_layers", "no_rope_layers")},
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "decoder_sparse_step"), 1),
     "mamba_head_dim": 8,
     "topk_method": "noaux_tc",
@@ -124,12 +124,21 @@ OWN: dict[str, dict[str, Any]] = {
         **{"layer_types": ["mamba", "attention"] * 2, "mamba_d_head": 8, "mamba_n_groups": 1},
         "mamba_conv_bias": True,
     },
-    "hunyuan": {"rope_scaling": {"factor": 1.0, "type": "dynamic", "alpha": 2.0}, "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2},
+    "hunyuan": {
+        "rope_scaling": {"factor": 1.0, "type": "dynamic", "alpha": 2.0},
+        "use_mixed_mlp_moe": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+    },
     "jamba": {
         **{"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_expand": 2},
         **{"expert_layer_offset": 1, "expert_layer_period": 2},
     },
-    "kimi_k3": {"num_experts_per_token": 2, "hidden_act": "situ", "linear_attn_config": LINEAR_ATTENTION},
+    "kimi_k3": {
+        "num_experts_per_token": 2,
+        "hidden_act": "situ",
+        "linear_attn_config": LINEAR_ATTENTION,
+    },
     "kimi_linear": {"linear_attn_config": LINEAR_ATTENTION, "num_key_value_heads": 4},
     "lille-130m": {"block_size": 512, "n_embd": 256},
     "llama4": {
@@ -142,7 +151,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"time_step_rank": "auto", "time_step_limit": [0.0, 100.0], "num_heads": 8},
     "mellum": {
         "layer_types": ALTERNATING,
-        "rope_parameters": dict.fromkeys(set(ALTERNATING), {"rope_theta": 10000.0}),
+        "rope_parameters": {key: {"rope_theta": 10000.0} for key in set(ALTERNATING)},
     },
     "mimo_v2_flash": {
         **{"hybrid_layer_pattern": [1, 0, 1, 0], "moe_layer_freq": [0, 1, 1, 1]},
@@ -176,9 +185,14 @@ OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
     "spark2_5": {
         "hidden_act": "gelu",
-        "rope_parameters": dict.fromkeys(set(ALTERNATING), {"rope_theta": 10000.0}),
+        "rope_parameters": {key: {"rope_theta": 10000.0} for key in set(ALTERNATING)},
     },
-    "step3p5": {"moe_top_k": 2, "num_attention_groups": 2, "layer_types": ALTERNATING, "moe_num_experts": 4},
+    "step3p5": {
+        "moe_top_k": 2,
+        "num_attention_groups": 2,
+        "layer_types": ALTERNATING,
+        "moe_num_experts": 4,
+    },
     "lfm2": {
         **{"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3},
         **{"block_multiple_of": 16, "block_ffn_dim_multiplier": 1.0},
@@ -189,6 +203,7 @@ OWN["lfm2_moe"] = OWN["lfm2-vl"] = OWN["lfm2"]
 OWN["longcat_flash"] |= {"zero_expert_num": 1, "mla_scale_q_lora": True, "mla_scale_kv_lora": True}
 OWN["longcat_flash_ngram"] = OWN["longcat_flash"]
 """What an architecture needs besides, or other than in `COMMON`."""
+
 
 def names() -> list[str]:
     """The modules of mlx-lm that hold an architecture."""

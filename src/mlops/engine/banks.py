@@ -166,7 +166,7 @@ class AdapterBanks:
         return slot
 
     def try_out(self, slot: int, adapter: Checkpoint) -> None:
-        """Compute a few tokens with an adapter that was just loaded; unload one that cannot be used.
+        """Compute a few tokens with an adapter that was just loaded; unload it when that fails.
 
         Raises:
             PackagingError: its logits are not finite, though its tensors are: its scale is absurd.

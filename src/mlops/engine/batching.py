@@ -223,9 +223,7 @@ def _prefill_each(
 ) -> list[Caches]:
     from mlops.engine.prefill import prefill
 
-    return [
-        prefill(model, [of_one], [ids])[0] for of_one, ids in zip(caches, tokens, strict=True)
-    ]
+    return [prefill(model, [of_one], [ids])[0] for of_one, ids in zip(caches, tokens, strict=True)]
 
 
 def _new_caches(model: nn.Module) -> tuple[Caches, bool]:

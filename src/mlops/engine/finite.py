@@ -94,9 +94,9 @@ def is_computable(logits: mx.array) -> mx.array:
 
 def gives_finite_logits(model: nn.Module) -> bool:
     """Compute a few tokens with the model as it is now, with whatever adapter is in use."""
-    from mlops.engine.prefill import new_caches
-
     import mlx.core as mx
+
+    from mlops.engine.prefill import new_caches
 
     logits = model(mx.array([TRIAL_TOKENS]), cache=new_caches(model))
     return bool(is_computable(logits).item())
@@ -116,5 +116,6 @@ def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value) if abs(value) < 1e308 else math.inf
+        elif isinstance(value, float) or type(value) is int:
+            is_too_long = type(value) is int and value.bit_length() > 1000
+            yield f"{prefix}{name}", math.inf if is_too_long else float(value)
