@@ -228,7 +228,8 @@ def _prefill_each(
 
 def _new_caches(model: nn.Module) -> tuple[Caches, bool]:
     """Empty caches with windows that the trial's sequences fill; whether one had to be cut."""
-    from mlops.engine.kv import RotatingKVCache, flatten
+    from mlops.engine.kv import flatten
+    from mlops.engine.mlx_lm import RotatingKVCache
     from mlops.engine.prefill import new_caches
 
     caches = new_caches(model)
@@ -259,7 +260,8 @@ def _difference(one: mx.array, other: mx.array) -> float:
     mean = mx.where(is_said, other, 0.0).sum() / num_said
     spread = mx.where(is_said, other - mean, 0.0).square().sum()
     error = mx.where(is_said, one - other, 0.0).square().sum()
-    return float(mx.sqrt(error / mx.maximum(spread, 1e-30)).item())
+    ratio: Any = mx.sqrt(error / mx.maximum(spread, 1e-30)).item()
+    return float(ratio)
 
 
 def _logits(model: nn.Module, tokens: Sequence[Sequence[int]], caches: list[Any]) -> mx.array:

@@ -75,7 +75,7 @@ def _describe(array: mx.array) -> str:
 
     if not mx.issubdtype(array.dtype, mx.floating):
         return "a scale that is NaN"
-    num_bad = int((~mx.isfinite(array)).sum().item())
+    num_bad: Any = (~mx.isfinite(array)).sum().item()
     if num_bad:
         return f"{count(num_bad, 'value')} that {'is' if num_bad == 1 else 'are'} NaN or infinite"
     return f"values as large as {mx.abs(array).max().item():.2g}"
