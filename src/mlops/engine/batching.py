@@ -4,19 +4,19 @@ Some of mlx-lm's architectures have caches that cannot be batched; others fail o
 prompts of different lengths need, or quietly compute something else with it. So the trial goes the
 ways that the engine goes, and compares what each row gives with what it gives alone:
 
-    three prompts prefilled together   of 2, 5 and 12 tokens, padded on the right
+    three prompts prefilled together   of 2, 5 and 9 tokens, padded on the right
     they join, then two others         of 1 token, which needs no prefill, and of 64
     a step                             rows of five lengths, padded on the left
     four leave                         the one that stays takes another's place
     two prompts go on together         one from the state of a row that left, as the prefix cache
-                                       keeps it, from 5 to 8 tokens; the other from 63 to 69
+                                       keeps it, from 5 to 7 tokens; the other from 63 to 66
     they join, a step
 
 A window of more than `WINDOW_TOKENS` is cut to so many for the trial, alone and together: to fill
 one of 4,096 would take longer than to load the weights. What is not tried: more than five rows,
-more than 70 tokens, adapters.
+more than 67 tokens, adapters.
 
-Seven forward passes. It is also the warm-up, since MLX compiles its kernels at first use.
+Six to eight forward passes. It is also the warm-up, since MLX compiles its kernels at first use.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHORT = (3, 1, 4, 1, 5, 2, 6, 5, 3)
-LONG = tuple(1 + (7 * place * place + place // 3) % 6 for place in range(70))
+SHORT = (3, 1, 4, 1, 5, 2, 6, 5)
+LONG = tuple(1 + (7 * place * place + place // 3) % 6 for place in range(67))
 WINDOW_TOKENS = 32
 
 TOLERANCE = 1e-3
@@ -107,18 +107,22 @@ def try_out(model: nn.Module) -> Trial:
 def _compute_alone(model: nn.Module) -> _Alone:
     import mlx.core as mx
 
-    from mlops.engine.kv import fork, measure_cost
+    from mlops.engine.kv import can_cut, cut, fork, measure_cost
     from mlops.engine.prefill import new_caches
 
     caches = new_caches(model)
     of_short = _logits(model, [SHORT], caches)
     cost = measure_cost(caches, len(SHORT))
     caches, is_cut = _new_caches(model)
-    of_long = [_logits(model, [LONG[:63]], caches)]
-    kept = [fork(cache) for cache in caches]
-    # Where a window is cut, pieces make a difference: here they are those of the batch.
-    pieces = (LONG[63:69], LONG[69:]) if is_cut else (LONG[63:],)
-    of_long += [_logits(model, [piece], caches) for piece in pieces]
+    if can_cut(caches):  # one pass less
+        of_long = [_logits(model, [LONG], caches)]
+        kept = cut(caches, 63)
+    else:
+        of_long = [_logits(model, [LONG[:63]], caches)]
+        kept = [fork(cache) for cache in caches]
+        # Where a window is cut, pieces make a difference: here they are those of the batch.
+        pieces = (LONG[63:66], LONG[66:]) if is_cut else (LONG[63:],)
+        of_long += [_logits(model, [piece], caches) for piece in pieces]
     if not all(is_computable(one).item() for one in (of_short, *of_long)):
         raise ArithmeticError("its logits are not finite")
     logits = {("short", place): row for place, row in enumerate(of_short[0])}
@@ -155,10 +159,10 @@ def _find_tolerance(model: nn.Module, logits: dict[_Name, mx.array]) -> float:
     tolerance = rounding_tolerance(logits["long", 0].dtype, len(caches))
     if tolerance <= TOLERANCE:
         return tolerance
-    _logits(model, [LONG[:11]], caches)
+    _logits(model, [LONG[:8]], caches)
     noise = [
         _difference(_logits(model, [LONG[place : place + 1]], caches)[0, -1], logits["long", place])
-        for place in (11, 12)
+        for place in (8, 9)
     ]
     return min(LARGEST_TOLERANCE, max(tolerance, NOISE_FACTOR * max(noise)))
 
@@ -198,15 +202,15 @@ def _compute_together(
         found.extend((number, name, logits[row]) for row, name in enumerate(rows))
 
     empty = [_new_caches(model)[0] for _ in range(4)]
-    batch.join(prefill(model, empty[:3], [SHORT[:1], SHORT[:4], LONG[:11]]))
+    batch.join(prefill(model, empty[:3], [SHORT[:1], SHORT[:4], LONG[:8]]))
     batch.join([empty[3]])
     batch.join([[fork(cache) for cache in of_long]])
-    step(("short", 1), ("short", 4), ("long", 11), ("short", 0), ("long", 63))
+    step(("short", 1), ("short", 4), ("long", 8), ("short", 0), ("long", 63))
     left = batch.take(1)
     batch.leave([0, 1, 3, 4])
     begun = [left, [fork(cache) for cache in of_long]]
-    batch.join(prefill(model, begun, [SHORT[5:8], LONG[63:69]]))
-    step(("long", 12), ("short", 8), ("long", 69))
+    batch.join(prefill(model, begun, [SHORT[5:7], LONG[63:66]]))
+    step(("long", 9), ("short", 7), ("long", 66))
     return found
 
 
