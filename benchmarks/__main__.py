@@ -13,7 +13,18 @@ import sys
 
 from benchmarks.report import HEADER, Figure, write_json
 
-NAMES = ("packaging", "blas", "health", "engine", "serving", "no_op", "guided", "soak", "scaling")
+NAMES = (
+    "packaging",
+    "loading",
+    "blas",
+    "health",
+    "engine",
+    "serving",
+    "no_op",
+    "guided",
+    "soak",
+    "scaling",
+)
 
 
 def main() -> int:

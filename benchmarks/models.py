@@ -98,7 +98,7 @@ def _write_base(folder: Path) -> Any:
     embedding = model.model.embed_tokens
     is_word = mx.arange(VOCABULARY) < len(words())
     embedding.weight = mx.where(is_word[:, None], embedding.weight, 0)
-    _write(folder, dict(tree_flatten(model.parameters())), CONFIG)
+    write_checkpoint(folder, dict(tree_flatten(model.parameters())), CONFIG)
     return model
 
 
@@ -107,10 +107,10 @@ def _write_quantized(folder: Path, model: Any) -> None:
     from mlx_lm.utils import quantize_model
 
     model, config = quantize_model(model, dict(CONFIG), group_size=64, bits=4)
-    _write(folder, dict(tree_flatten(model.parameters())), config)
+    write_checkpoint(folder, dict(tree_flatten(model.parameters())), config)
 
 
-def _write(folder: Path, weights: dict[str, Any], config: dict[str, Any]) -> None:
+def write_checkpoint(folder: Path, weights: dict[str, Any], config: dict[str, Any]) -> None:
     import mlx.core as mx
 
     folder.mkdir(parents=True)

@@ -34,6 +34,9 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 
 FLOATS = ("F32", "F16", "BF16")
 
+LARGEST_SCALE = 1e4
+"""Of an adapter, alpha over rank: trained ones have 0.1 to some 100."""
+
 _MLX_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 _PEFT_KEY = re.compile(
     # A layer of PyTorch has a `weight`; a parameter is called by the adapter's name alone.
@@ -80,6 +83,7 @@ def recognise_adapter(path: Path, files: Mapping[str, CheckpointFile]) -> Checkp
     tensors, _ = read_tensors(path, [files[weights[0]]])
     read_format = _read_mlx_lm if weights[0] == MLX_LM_WEIGHTS else _read_peft
     info, warnings = read_format(path, config, tensors, files[weights[0]].path)
+    _check_scales(path, info)
     num_parameters = sum(tensor.size for tensor in tensors.values())
     base = f" for {info.base_model}" if info.base_model else ""
     return Checkpoint(
@@ -97,6 +101,18 @@ def recognise_adapter(path: Path, files: Mapping[str, CheckpointFile]) -> Checkp
         adapter=info,
         warnings=warnings,
     )
+
+
+def _check_scales(path: Path, info: AdapterInfo) -> None:
+    for module in info.modules.values():
+        if not abs(module.scale) <= LARGEST_SCALE:
+            raise refusal(
+                f"the adapter {path} has the scale {module.scale:g} for {module.name}: nothing is "
+                f"trained with more than {LARGEST_SCALE:g}, so the scale or alpha in {CONFIG} is "
+                "wrong; write the one that it was trained with",
+                path,
+                file=CONFIG,
+            )
 
 
 @dataclass(frozen=True)

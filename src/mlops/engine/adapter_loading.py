@@ -175,6 +175,7 @@ class AdapterLoader:
         try:
             self._finish_step()
             slot = self._banks.load(adapter.name, adapter.checkpoint)
+            self._banks.try_out(slot, adapter.checkpoint)
         except BaseException as exc:
             error = to_exception(exc)
             if not isinstance(error, MLOpsError):

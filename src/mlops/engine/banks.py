@@ -184,6 +184,31 @@ class AdapterBanks:
         self._residents[slot] = _Resident(address, tuple(prepared))
         return slot
 
+    def try_out(self, slot: int, adapter: Checkpoint) -> None:
+        """Compute a few tokens with an adapter that was just loaded; unload it when that fails.
+
+        Raises:
+            PackagingError: its logits are not finite, though its tensors are: its scale is absurd.
+        """
+        from mlops.engine.finite import gives_finite_logits
+
+        rows = self._in_use.rows
+        self.use(self.select([slot]))
+        is_fine = False
+        try:
+            is_fine = gives_finite_logits(self._model)
+        finally:
+            self.use(rows)
+            if not is_fine:
+                self.unload(slot)
+        if not is_fine:
+            raise _refusal(
+                f"with the adapter {adapter.path} the model's logits are not finite: its weights "
+                "or its scale are too large; train it again, or correct the scale or alpha in "
+                "adapter_config.json",
+                adapter.path,
+            )
+
     def unload(self, slot: int) -> None:
         """Free a slot. No row of a batch may have it, nor may any `RowSlots` that is used again."""
         resident = self._residents.pop(slot)

@@ -506,8 +506,11 @@ class Engine:
         # Caches that are empty and caches that are not cannot be merged by mlx-lm.
         for is_begun in (True, False):
             group = [(one, size) for one, size in shares if (one.num_prefilled > 0) is is_begun]
-            if group:
+            if group and self.loaded.trial.can_prefill_together:
                 self._prefill_group(group)
+            else:
+                for share in group:
+                    self._prefill_group([share])
         ready = [one for one in self._prefilling if one.num_to_prefill <= 0]
         if ready:
             self._prefilling = [one for one in self._prefilling if one.num_to_prefill > 0]

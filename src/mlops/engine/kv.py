@@ -434,7 +434,7 @@ def measure_cost(caches: Caches, num_tokens: int) -> CacheCost:
     """The cost per token, from the caches of a sequence of `num_tokens`."""
     per_token, fixed = 0, 0
     windows = []
-    for cache in _flatten(caches):
+    for cache in flatten(caches):
         if type(cache) is KVCache or isinstance(cache, RotatingKVCache):
             if cache.keys is None:
                 continue
@@ -514,8 +514,9 @@ def _num_tokens(caches: Caches) -> int:
     return max((int(cache.offset) for cache in caches if type(cache) is KVCache), default=0)
 
 
-def _flatten(caches: Sequence[Any]) -> list[Any]:
+def flatten(caches: Sequence[Any]) -> list[Any]:
+    """All caches, those in mlx-lm's lists of caches among them."""
     flat = []
     for cache in caches:
-        flat += _flatten(cache.caches) if isinstance(cache, CacheList) else [cache]
+        flat += flatten(cache.caches) if isinstance(cache, CacheList) else [cache]
     return flat

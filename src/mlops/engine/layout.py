@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mlops.checkpoints import Checkpoint, describe_quantization
+from mlops.engine.finite import check_weights
 
 if TYPE_CHECKING:
     from mlx import nn
@@ -30,7 +31,18 @@ def lay_out(
         device: `"gpu"` or `"cpu"`.
         memory_budget_bytes: the most that weights may take; by default a share of the machine's
             memory, less what MLX already holds.
+
+    Raises:
+        ServiceError: a weight is not finite.
     """
+    layout = _lay_out(model, checkpoint, device, memory_budget_bytes)
+    check_weights(model, checkpoint.path)
+    return layout
+
+
+def _lay_out(
+    model: nn.Module, checkpoint: Checkpoint, device: str, memory_budget_bytes: int | None
+) -> str:
     import mlx.core as mx
 
     stored = _describe_stored(checkpoint)

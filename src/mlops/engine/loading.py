@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlops.checkpoints import Checkpoint, CheckpointKind, recognise
 from mlops.checkpoints.checkpoint import CONTEXT_TOKENS
 from mlops.engine.batching import Trial, try_out
+from mlops.engine.finite import suspicious_settings
 from mlops.engine.guidance import Guidance
 from mlops.engine.layout import lay_out
 from mlops.engine.owner import check_stopping, run_in_owner
@@ -159,7 +160,7 @@ def _load(
 
         use_cpu_layers(model)
     check_stopping()
-    trial = _try_out(checkpoint, model)
+    trial = _try_out(checkpoint, model, config)
     pooler, no_embeddings = _try_pooling(checkpoint, model)
     loaded = LoadedModel(
         checkpoint=checkpoint,
@@ -204,19 +205,27 @@ def _try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | Non
     return try_pooling(checkpoint, model)
 
 
-def _try_out(checkpoint: Checkpoint, model: nn.Module) -> Trial:
+def _try_out(checkpoint: Checkpoint, model: nn.Module, config: Mapping[str, Any]) -> Trial:
     """Compute something with the model, before anybody asks."""
     try:
         trial = try_out(model)
     except Exception as exc:
+        suspicious = suspicious_settings(config) if isinstance(exc, ArithmeticError) else []
+        hint = f" (look at its config.json: {', '.join(suspicious[:5])})" if suspicious else ""
         raise ServiceError(
-            f"{checkpoint.path} was loaded and cannot compute: {exc}",
+            f"{checkpoint.path} was loaded and cannot compute: {exc}{hint}",
             "load_model",
             {"path": str(checkpoint.path), "architecture": checkpoint.architecture},
         ) from exc
     if not trial.can_batch:
         logger.warning(
             "mlx-lm cannot batch %s models like this one: requests run one after the other",
+            checkpoint.architecture,
+        )
+    elif not trial.can_prefill_together:
+        logger.info(
+            "mlx-lm cannot compute prompts of different lengths together for %s models like this "
+            "one: prompts are computed one by one, answers together",
             checkpoint.architecture,
         )
     return trial

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlops.checkpoints import Checkpoint, Pooling, PoolingMode
+from mlops.engine.batching import LONG, rounding_tolerance
 from mlops.engine.kv import Caches, begin_computing
 from mlops.engine.prefill import new_caches
 
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRIAL_INPUTS = ((1, 2, 3), (4, 5, 6, 1, 2))
-TOLERANCE = 0.05
-"""Of a state's largest number: rounding stays far below, a wrong mask does not."""
+TRIAL_INPUTS = ((1, 2), LONG[:5], LONG[5:45])
 
 
 class Pooler:
@@ -51,6 +50,11 @@ class Pooler:
         self.pooling = pooling
         self.model = model
         self._body = getattr(model, "language_model", model).model
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the states; nothing is computed to know it."""
+        return self._body(mx.array([[1]])).dtype
 
     def pool(self, inputs: Sequence[Sequence[int]]) -> mx.array:
         """Begin to compute the vectors of several texts in one forward pass.
@@ -149,13 +153,16 @@ def try_pooling(checkpoint: Checkpoint, model: nn.Module) -> tuple[Pooler | None
 def _find_problem(pooler: Pooler) -> str:
     alone = [to_host(pooler.pool([one]))[0] for one in TRIAL_INPUTS]
     pooler.size = int(alone[0].shape[0])
+    if not all(np.isfinite(one).all() for one in alone):
+        return "its vectors are not finite"
     together = to_host(pooler.pool(TRIAL_INPUTS))
-    long, pieces = pooler.begin(), TRIAL_INPUTS[1]
-    long.add(pieces[:2])
-    in_pieces = to_host(long.add(pieces[2:]))
-    for one, other in [(alone[0], together[0]), (alone[1], together[1]), (alone[1], in_pieces[0])]:
+    long, pieces = pooler.begin(), TRIAL_INPUTS[-1]
+    long.add(pieces[:25])
+    in_pieces = to_host(long.add(pieces[25:]))
+    tolerance = rounding_tolerance(pooler.dtype, len(new_caches(pooler.model)))
+    for one, other in [*zip(alone, together, strict=True), (alone[-1], in_pieces[0])]:
         if one.shape != other.shape or one.ndim != 1:
             return f"its layers give states of the shape {one.shape}"
-        if not np.abs(one - other).max() <= TOLERANCE * np.abs(one).max():  # NaN is a problem too
+        if not np.abs(one - other).max() <= tolerance * np.abs(one).max():  # NaN is a problem too
             return "texts computed together or in pieces have other vectors than alone"
     return ""

@@ -501,9 +501,37 @@ def test_a_failed_load_leaves_everything_as_before(
 
 @in_owner
 def test_a_scale_too_large_for_the_banks_is_refused(tmp_path: Path, base: Path) -> None:
-    path = tiny_models.write_lora_adapter(tmp_path / "adapter", base, scale=1e39)
+    path = tiny_models.write_lora_adapter(tmp_path / "adapter", base, scale=1e3)
+    scale_tensors(path / "adapters.safetensors", 1e37)
     with pytest.raises(PackagingError, match="not finite"):
         Served(base).load(path)
+
+
+@in_owner
+def test_an_adapter_that_makes_logits_infinite_is_unloaded(tmp_path: Path, base: Path) -> None:
+    served = Served(base)
+    good = served.load(tiny_models.write_lora_adapter(tmp_path / "good", base))
+    before = served.logits([0, good])
+    bad = tiny_models.write_lora_adapter(tmp_path / "bad", base, seed=3)
+    scale_tensors(bad / "adapters.safetensors", 1e36)  # finite, also times the scale
+    slot = served.load(bad)
+    with pytest.raises(PackagingError, match="logits are not finite"):
+        served.banks.try_out(slot, recognise(bad))
+    np.testing.assert_array_equal(served.logits([0, good]), before)
+    served.banks.try_out(good, recognise(tmp_path / "good"))
+    again = tiny_models.write_lora_adapter(tmp_path / "again", base, seed=4)
+    assert served.load(again) == slot
+    served.check_rows([0, good, slot])
+
+
+def scale_tensors(file: Path, factor: float) -> None:
+    """Multiply the B matrices of mlx-lm's adapter."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(file)
+    save_file(
+        {k: v * np.float32(factor if k.endswith("lora_b") else 1) for k, v in tensors.items()}, file
+    )
 
 
 @in_owner
