@@ -33,7 +33,10 @@ def verdict_and_truth(
     """
 
     def make() -> tuple[Any, Trial]:
+        from mlops.engine.grouped_masks import fit_masks
+
         model = every_architecture.build(architecture, **settings)
+        fit_masks(model, architecture)
         return model, try_out(model)
 
     model, trial = engine.run_in_owner(make)

@@ -47,6 +47,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
         PackagingError: its configuration or its tensors are not what mlx-lm's code for the
             architecture needs.
     """
+    from mlops.engine.grouped_masks import fit_masks
     from mlops.engine.mlx_lm import load_model
     from mlops.engine.rope import set_ropes
 
@@ -65,6 +66,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
                 get_model_classes=build.find_classes,
             )
         set_ropes(model, checkpoint.ropes)
+        fit_masks(model, checkpoint.architecture)
     except PackagingError:
         raise
     except Exception as exc:

@@ -20,6 +20,7 @@ from mlops.engine import LoadedModel
         ("nemotron_h", (True, False)),  # loses the state of a prompt that is padded
         ("jamba", (True, False)),
         ("afm7", (False, False)),  # positions of the longest row for all
+        ("gemma2", (True, True)),  # needs a mask of its own shape
         ("gpt_oss", (True, True)),  # windows, and experts
         ("falcon_h1", (True, True)),  # state-space and attention
     ],
