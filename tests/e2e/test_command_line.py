@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -161,6 +162,18 @@ class Terminal:
             assert self._read(), self.shown
         return self.shown
 
+    def insist(self, key: str, text: str) -> None:
+        """Type a key, again and again, until `text` is shown: readline does not notice a signal
+        that comes while it looks at a character."""
+        give_up = time.monotonic() + LONG_S
+        self.type(key)
+        while text not in self.shown:
+            assert time.monotonic() < give_up, self.shown
+            if select.select([self._keyboard], [], [], 1.0)[0]:
+                assert self._read(), self.shown
+            else:
+                os.write(self._keyboard, key.encode())
+
     def status(self) -> int:
         """The exit status of a program that ends by itself."""
         while self._read():
@@ -186,9 +199,10 @@ def test_chat_at_a_terminal(folder: Path, service: str) -> None:
         assert "it has brief, formal, third, base" in terminal.read_until("third> ")
         terminal.type("What is a list?\n")
         assert "cut off" in terminal.read_until("third> ")
-        terminal.type("half a line\x03")
-        # What is typed before the prompt is there reaches a terminal that reads whole lines.
-        assert "Ctrl-D or /exit leaves" in terminal.read_until("third> ")
+        terminal.type("half a line")
+        terminal.read_until("half a line")
+        terminal.insist("\x03", "Ctrl-D or /exit leaves")
+        terminal.read_until("third> ")  # before it, the terminal still reads whole lines
         terminal.type("\x04")
         assert terminal.status() == 0
         assert "Traceback" not in terminal.shown
