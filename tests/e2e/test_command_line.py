@@ -120,7 +120,8 @@ def test_chat_from_a_pipe(folder: Path, service: str) -> None:
 
 
 TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "  # whoever runs the tests may ignore it
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
 
