@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,15 @@ def test_large_sums_of_halves_are_no_damage(tmp_path: Path, dtype: str) -> None:
 def test_settings_that_make_nan_are_refused_and_named(
     tmp_path: Path, settings: dict[str, float], said: str
 ) -> None:
+    """These are refused before, when the checkpoint is recognised; the trial sees what is not."""
     folder = tiny_models.write_language_model(tmp_path / "model")
+    checkpoint = replace(recognise(folder), model_config=settings)
+    with pytest.raises(ServiceError, match=f"logits are not finite .*{said}"):
+        engine.load_model(checkpoint)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))
-    with pytest.raises(ServiceError, match=f"logits are not finite .*{said}"):
-        engine.load_model(folder)
+    with pytest.raises(PackagingError, match="rope_theta in config.json is .*, not a positive"):
+        recognise(folder)
 
 
 def test_an_adapter_that_makes_logits_infinite_leaves_the_others_alone(

@@ -96,7 +96,7 @@ def write_base(folder: Path, kind: str) -> Path:
     nothing = Path()
     text(
         "README.md", "LICENSE", "generation_config.json", "special_tokens_map.json", "merges.txt",
-        "additional_chat_templates/tool_use.jinja", "1_Pooling/config.json",
+        "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "1_Pooling/config.json",
     )(folder, nothing)  # fmt: skip
     (folder / "modules.json").write_text(
         json.dumps([{"type": "Transformer"}, {"type": "Pooling", "path": "1_Pooling"}])
