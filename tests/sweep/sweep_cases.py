@@ -187,11 +187,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "nemotron_h": {},
     "olmo2": {},
     "olmo3": _SLIDING,
-    "olmo_hybrid": {
-        "num_hidden_layers": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-    },
+    "olmo_hybrid": {"num_hidden_layers": 4},
     "olmoe": {},
     "phi": {},
     "phi3": {},

@@ -23,9 +23,8 @@ def keep_to_groups(config: Mapping[str, Any], weights: dict[str, mx.array]) -> N
 
     With experts in groups (DeepSeek V3 and those after it) only the best groups are in. To the
     others mlx-lm gives the score 0, which a negative score of the best groups loses against;
-    transformers gives them -infinity. An expert's score is a sigmoid and a bias, and only their
-    order counts: with the least bias at 0 no score is negative, and the order is the same. Where
-    scores are a softmax, there is no bias.
+    transformers gives them -infinity. A score is a number between 0 and 1 and a bias, and only the
+    order of scores counts: with the least bias at 0 none is negative, and the order is the same.
 
     Args:
         weights: by mlx-lm's names; those biases are replaced. The new ones are computed when

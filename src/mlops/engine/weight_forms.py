@@ -163,6 +163,26 @@ def _longcat_flash(model: Any, weights: Weights) -> Weights:
     }
 
 
+def _olmo_hybrid(model: Any, weights: Weights) -> Weights:
+    """transformers 5 has other names for two norms, and one convolution of queries, keys and
+    values, which it saves in three equal parts, whatever their widths are."""
+    import mlx.core as mx
+
+    weights = _renamed(
+        (".attention_layer_norm.", ".input_layernorm."),
+        (".feedforward_layer_norm.", ".post_attention_layernorm."),
+    )(model, weights)
+    for number, layer in enumerate(model.layers):
+        prefix = f"model.layers.{number}.linear_attn"
+        names = [f"{prefix}.{part}_conv1d.weight" for part in "qkv"]
+        if names[0] not in weights or len(weights[names[0]]) == layer.linear_attn.key_dim:
+            continue
+        joined = mx.concatenate([weights[name] for name in names])
+        ends = [layer.linear_attn.key_dim, 2 * layer.linear_attn.key_dim]
+        weights |= zip(names, mx.split(joined, ends), strict=True)
+    return weights
+
+
 def _bitnet(model: Any, weights: Weights) -> Weights:
     """mlx-lm has a kernel for packed weights, and nothing for others."""
     if not any(name.endswith(".weight_scale") for name in weights):
@@ -194,10 +214,7 @@ _FORMS: dict[str, Callable[[Any, Weights], Weights]] = {
         (".mlp.fc1.", ".mlp.c_fc."),
         (".mlp.fc2.", ".mlp.c_proj."),
     ),
-    "olmo_hybrid": _renamed(
-        (".attention_layer_norm.", ".input_layernorm."),
-        (".feedforward_layer_norm.", ".post_attention_layernorm."),
-    ),
+    "olmo_hybrid": _olmo_hybrid,
     "qwen3_5_moe": _stacked_experts,
     "qwen3_vl_moe": _qwen3_vl_moe,
 }
