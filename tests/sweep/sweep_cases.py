@@ -68,6 +68,11 @@ _LATENT = {
 """Multi-head latent attention."""
 
 _GROUPS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_IN_GROUPS = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8),
+    "n_group": 4,
+    "topk_group": 2,
+}
 _SLIDING = {"sliding_window": 32, "num_hidden_layers": 4}
 """Shorter than the prompt; most of these have one full layer in four."""
 
@@ -86,6 +91,14 @@ _GEMMA_4 = _SLIDING | {
     "num_kv_shared_layers": 0,
 }
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": 64}
+_KIMI = _LATENT | {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "q_lora_rank": None,
+}
+_LLAMA_4 = {"intermediate_size_mlp": 128, "num_hidden_layers": 4, "num_experts_per_tok": 1}
 _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -100,6 +113,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 512},
     "dots1": _GROUPS,
     "ernie4_5": {},
+    "ernie4_5_moe": {},
     "exaone4": _SLIDING,
     "exaone_moe": _SLIDING | _GROUPS,
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
@@ -118,6 +132,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"num_attention_heads": 4, "n_inner": None},
     "gpt_bigcode": {"n_inner": 128},
     "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": {"sliding_window": 32},
     "gptj": {"rotary_dim": 8},
     "granite": {},
     "granitemoe": {},
@@ -141,6 +156,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_layer_offset": 1,
         "num_hidden_layers": 4,
     },
+    "kimi_linear": _KIMI,
     "laguna": {},
     "lfm2": {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {
@@ -149,18 +165,29 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     },
     "llama": {},
+    "llama4_text": _LLAMA_4,
+    "longcat_flash": _LATENT | {"zero_expert_num": 2, "num_layers": 2},
     "mamba": {},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "mellum": {},
+    "mimo_v2_flash": {
+        "num_hidden_layers": 4,
+        "head_dim": 24,
+        "v_head_dim": 16,
+        "sliding_window": 33,
+        "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+    },
     "minicpm3": _LATENT | {"tie_word_embeddings": False},
     "minimax_m2": {},
     "ministral3": {},
     "mistral": {},
     "mixtral": {},
+    "nanochat": {},
     "nemotron": {},
     "nemotron_h": {},
     "olmo2": {},
     "olmo3": _SLIDING,
+    "olmo_hybrid": {"num_hidden_layers": 4},
     "olmoe": {},
     "phi": {},
     "phi3": {},
@@ -169,6 +196,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen3": {},
     "qwen3_5": {"text_config": _GATED_DELTA, "vision_config": _QWEN_VISION},
+    "qwen3_5_moe": {"text_config": _GATED_DELTA, "vision_config": _QWEN_VISION},
     "qwen3_moe": {},
     "qwen3_next": _GATED_DELTA,
     "recurrent_gemma": {
@@ -184,13 +212,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "gemma3": {"text_config": _SLIDING | {"sliding_window_pattern": 2}},
     "gemma4": {"text_config": _GEMMA_4},
-    "llama4": {
-        "text_config": {
-            "intermediate_size_mlp": 128,
-            "num_hidden_layers": 4,
-            "num_experts_per_tok": 1,
-        }
-    },
+    "llama4": {"text_config": _LLAMA_4},
     "llava": {"text_config": {}},
     "mistral3": {"text_config": {}},
     "mistral4": _LATENT | _GROUPS | {"qk_nope_head_dim": 8, "head_dim": 16},
@@ -203,39 +225,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": _MROPE},
         "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
     },
-    "minimax_m3_vl": {"text_config": {"rotary_dim": 8}},
-}
-"""What an architecture needs beside `SIZES` to be tiny and to show all its kinds of layer."""
-
-_OTHER_NAMES = "mlx-lm has other names or shapes for its weights"
-_OTHER_SETTINGS = "mlx-lm has other names for its settings"
-
-REFUSED = {
-    "bailing_hybrid": _OTHER_SETTINGS,
-    "bitnet": "mlx-lm only has it with packed weights of 1.58 bits",
-    "ernie4_5_moe": "mlx-lm leaves out the bias that chooses the experts",
-    "gpt_oss": "mlx-lm only has it with MXFP4 experts",
-    "kimi_linear": _OTHER_SETTINGS,
-    "llama4_text": "mlx-lm only has it without experts",
-    "longcat_flash": _OTHER_NAMES,
-    "mimo_v2_flash": _OTHER_SETTINGS,
-    "minimax": "mlx-lm's class of this name is for minimax_m2",
-    "nanochat": _OTHER_NAMES,
-    "olmo": "mlx-lm needs the library hf_olmo",
-    "olmo_hybrid": _OTHER_NAMES,
-    "qwen3_5_moe": _OTHER_NAMES,
-    "qwen3_vl_moe": _OTHER_NAMES,
-}
-"""Architectures that are refused as transformers saves them, and why."""
-
-_REFUSED_SIZES: dict[str, dict[str, Any]] = {
-    "longcat_flash": _LATENT | {"zero_expert_num": 2, "num_layers": 2},
-    "qwen3_5_moe": {"text_config": _GATED_DELTA, "vision_config": _QWEN_VISION},
     "qwen3_vl_moe": {
         "text_config": {"rope_parameters": _MROPE},
         "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
     },
+    "minimax_m3_vl": {"text_config": {"rotary_dim": 8}},
 }
+"""What an architecture needs beside `SIZES` to be tiny and to show all its kinds of layer."""
+
+REFUSED = {
+    "bailing_hybrid": "mlx-lm's class for bailing_hybrid is for an older model of this name",
+    "bitnet": "mlx-lm only computes packed weights of 1.58 bits",
+    "minimax": "mlx-lm's class for minimax is for MiniMax M2",
+    "olmo": "mlx-lm's class for olmo needs the library hf_olmo",
+}
+"""Architectures that are refused as transformers saves them, and why, as the error says."""
+
+_REFUSED_SIZES: dict[str, dict[str, Any]] = {"bailing_hybrid": {"n_group": 1, "topk_group": 1}}
 
 LEFT_OUT = {
     "dbrx": "transformers 5.23 cannot build it",
@@ -367,7 +373,23 @@ ROPE_CASES: tuple[Case, ...] = (
 )
 """Rotary embeddings other than the default."""
 
+_GROUPED = """deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite
+    glm_moe_dsa kimi_linear mimo_v2_flash mistral4 nemotron_h solar_open""".split()  # noqa: SIM905
+
+EXPERT_CASES: tuple[Case, ...] = (
+    *(Case(architecture, "in_groups", _IN_GROUPS) for architecture in _GROUPED),
+    Case("deepseek_v2", "in_groups", _IN_GROUPS | {"topk_method": "group_limited_greedy"}),
+    Case("deepseek_v3", "in_all_groups", _IN_GROUPS | {"topk_group": 4}),
+    Case("jamba", "experts", {"num_experts": 4, "num_local_experts": 4}),
+    Case("llama4_text", "dense", {"moe_layers": []}),
+    Case("ernie4_5_moe", "no_shared", {"moe_num_shared_experts": 0}),
+)
+"""Experts in groups, and other ways to choose and weigh them than the default. The biases that
+choose them are all negative (`torch_reference.randomise`), which changes nothing for torch."""
+
 CASES: tuple[Case, ...] = (
     *(Case(architecture, "default") for architecture in DEFAULTS),
     *ROPE_CASES,
+    *EXPERT_CASES,
+    Case("minicpm3", "tied", {"tie_word_embeddings": True, "dim_model_base": 32}),
 )

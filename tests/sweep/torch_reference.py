@@ -94,6 +94,8 @@ def randomise(name: str, data: Any) -> None:
         data.copy_(noise * GAIN / max(fan_in, 1) ** 0.5)
     else:
         data.add_(0.2 * noise)
+    if name.endswith("correction_bias"):
+        data.sub_(1.0)  # it chooses experts: their order stays, and no score is positive
 
 
 def predict(model: Any, tokens: list[int]) -> Any:

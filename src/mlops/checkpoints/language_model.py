@@ -119,7 +119,16 @@ def _read_config(path: Path, files: Mapping[str, CheckpointFile]) -> dict[str, A
             path,
             file="config.json",
         )
-    return config
+    return _llama4(config) if config["model_type"] == "llama4_text" else config
+
+
+def _llama4(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model of Llama 4, saved on its own: mlx-lm's `llama4_text` has no experts, and its
+    `llama4`, around a text model, has them."""
+    has_experts = config.get("num_local_experts") and config.get("interleave_moe_layer_step") != 0
+    if not has_experts or config.get("moe_layers") == []:
+        return config
+    return {**config, "model_type": "llama4", "text_config": config}
 
 
 def _describe(

@@ -118,6 +118,8 @@ COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("phimoe", "lm_head_bias"): (True,),
     # Read, and the groups are normalised as one.
     ("mamba2", "n_groups"): (1,),
+    # It has no rotary embedding at all.
+    ("kimi_linear", "mla_use_nope"): (True,),
     # Read, and the output layer is wanted nevertheless.
     ("helium", "tie_word_embeddings"): (False,),
 }
@@ -127,6 +129,26 @@ COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
 def _sparse_layers(settings: Mapping[str, Any]) -> list[bool] | None:
     kinds = settings.get("mlp_layer_types")
     return [kind == "sparse" for kind in kinds] if isinstance(kinds, list) else None
+
+
+_SLIDING = "sliding_attention"
+
+
+def _is_each(settings: Mapping[str, Any], name: str, kind: str) -> list[int] | None:
+    kinds = settings.get(name)
+    return [int(each == kind) for each in kinds] if isinstance(kinds, list) else None
+
+
+def _last_layer(settings: Mapping[str, Any]) -> Any:
+    """-1, the default of transformers, is the last: in mlx-lm, none."""
+    given = settings.get("moe_layer_end_index")
+    return (settings.get("num_hidden_layers") or 0) - 1 if given in (None, -1) else given
+
+
+def _window_with_query(settings: Mapping[str, Any]) -> int | None:
+    """As mlx-lm counts it: the token that asks is one of those it sees. As released, it is not."""
+    size = settings.get("sliding_window_size")
+    return size + 1 if isinstance(size, int) else settings.get("sliding_window")
 
 
 def _linear_attention(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -165,6 +187,21 @@ DERIVED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
     ("glm_moe_dsa", "scoring_func"): lambda it: "sigmoid",
     ("exaone_moe", "is_moe_layer"): _sparse_layers,
     ("kimi_linear", "linear_attn_config"): _linear_attention,
+    # Read by no line of the model, and by no other name in transformers.
+    ("mimo_v2_flash", "scoring_func"): lambda it: "sigmoid",
+    ("mimo_v2_flash", "topk_method"): lambda it: "noaux_tc",
+    ("mimo_v2_flash", "add_swa_attention_sink_bias"): lambda it: True,
+    ("mimo_v2_flash", "add_full_attention_sink_bias"): lambda it: False,
+    ("mimo_v2_flash", "hybrid_layer_pattern"): lambda it: _is_each(it, "layer_types", _SLIDING),
+    ("mimo_v2_flash", "moe_layer_freq"): lambda it: _is_each(it, "mlp_layer_types", "sparse"),
+    ("mimo_v2_flash", "layernorm_epsilon"): lambda it: it.get("rms_norm_eps"),
+    ("mimo_v2_flash", "swa_head_dim"): lambda it: it.get("head_dim"),
+    ("mimo_v2_flash", "swa_v_head_dim"): lambda it: it.get("v_head_dim"),
+    ("mimo_v2_flash", "swa_num_attention_heads"): lambda it: it.get("num_attention_heads"),
+    # What transformers' model does for all.
+    ("mimo_v2_flash", "swa_num_key_value_heads"): lambda it: (
+        2 * (it.get("num_key_value_heads") or 0)
+    ),
 }
 """Settings that mlx-lm's module needs and transformers writes by another name, or not at all."""
 
@@ -176,6 +213,8 @@ OVERRULED: dict[tuple[str, str], Callable[[Mapping[str, Any]], Any]] = {
     ("falcon_h1", "attention_out_multiplier"): lambda it: (
         it.get("attention_out_multiplier", 1.0) * it.get("attention_in_multiplier", 1.0)
     ),
+    ("ernie4_5_moe", "moe_layer_end_index"): _last_layer,
+    ("mimo_v2_flash", "sliding_window_size"): _window_with_query,
 }
 """Settings that mlx-lm applies elsewhere than transformers. Of falcon_h1 it scales queries and keys
 by `attention_in_multiplier`, values not, and leaves `key_multiplier` out."""
@@ -304,6 +343,8 @@ def _told(model: LanguageModel, has_output_layer: bool) -> Iterator[tuple[str, A
             yield name, value
     for name in sorted(model.mlx_lm.fields.keys() - {"model_type", "text_config", *_WINDOWS}):
         if ROTARY.fullmatch(name) or model.settings.get(name) is not None:
+            continue
+        if (model.module, name) in OVERRULED:
             continue
         field = model.mlx_lm.fields[name]
         value = _left_out(model, name, has_output_layer)
@@ -488,7 +529,10 @@ def _windows(model: LanguageModel) -> Attention:
         return _by_layer_types(model, window)
     if "sliding_window_pattern" in model.mlx_lm.read:
         return _by_pattern(model, types)
-    if window is None or ("sliding_window" in model.mlx_lm.read and types is None):
+    has_window = "sliding_window_size" in model.mlx_lm.read or (
+        "sliding_window" in model.mlx_lm.read and types is None
+    )
+    if window is None or has_window:
         return Attention({})
     return _capped(model, window, "sliding_window")
 

@@ -41,8 +41,10 @@ _FIXED: dict[str, dict[str, Any]] = {
     "gemma4_text": {"final_logit_softcapping": None},
     "gemma4_unified_text": {"final_logit_softcapping": None, "hidden_size_per_layer_input": 0},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    "mimo_v2_flash": {"n_shared_experts": None},
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "minimax_m2": {"shared_intermediate_size": 0},
+    "kimi_linear": {"rope_theta": 10_000.0},
     "longcat_flash": {
         "attention_method": "MLA",
         "zero_expert_type": "identity",
@@ -64,18 +66,25 @@ _LAYER_TYPES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Where mlx-lm reads the types of layers, and the names that it has for them."""
 
+
+def _has_linear_attention(config: Mapping[str, Any]) -> bool:
+    """By the names of transformers, or by those of the released configuration, where 0 stands for
+    linear."""
+    for name, linear in (("layer_types", "linear_attention"), ("attn_type_list", 0)):
+        layers = config.get(name)
+        if isinstance(layers, list) and linear in layers:
+            return True
+    return False
+
+
 _OTHERWISE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
-    "jamba": (
-        lambda config: config.get("num_experts") != 1,
-        "weighs the experts otherwise than they were trained",
+    "bailing_hybrid": (
+        lambda config: "linear_num_heads" in config,
+        "is for an older model of this name, with another linear attention",
     ),
-    "minicpm3": (
-        lambda config: config.get("tie_word_embeddings") is not False,
-        "leaves out a factor of the logits when tie_word_embeddings is set",
-    ),
-    "ernie4_5_moe": (
-        lambda config: config.get("moe_num_experts") != 0,
-        "leaves out the bias that chooses the experts",
+    "minimax": (
+        _has_linear_attention,
+        "is for MiniMax M2; it does not compute the linear attention of MiniMax Text 01",
     ),
     "olmo": (
         lambda config: True,

@@ -26,6 +26,7 @@ from mlops.checkpoints import Checkpoint
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import MLX_BITS, MLX_GROUP_SIZES
 from mlops.engine.model_folder import model_folder
+from mlops.engine.weight_forms import UnfitWeightsError, fit_weights
 from mlops.errors import PackagingError, sentence_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     from mlops.engine.mlx_lm import load_model
     from mlops.engine.rope import set_ropes
 
-    settings = dict(checkpoint.model_config)
+    settings = {**checkpoint.model_config, "model_type": checkpoint.architecture}
     if checkpoint.is_headless:
         # Its output layer is the embedding: nothing asks for it, but mlx-lm's models have one.
         settings["tie_word_embeddings"] = True
@@ -85,17 +86,25 @@ class _Build:
     def find_classes(self, config: dict[str, Any]) -> tuple[Any, Any]:
         """mlx-lm's classes, which look at the tensors before they take them."""
         from mlops.engine.mlx_lm import find_model_classes
+        from mlops.engine.routing import keep_to_groups
 
         build = self
-        model_class, args_class = find_model_classes(config)
+        try:
+            model_class, args_class = find_model_classes(config)
+        except SystemExit as exc:  # a module of mlx-lm that lacks a library ends the process
+            raise self._refusal(
+                f"{self.checkpoint.path} cannot be served: mlx-lm's code for "
+                f"{self.checkpoint.architecture} needs a library that is not installed"
+            ) from exc
         self.config = config
 
         class Model(model_class):
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 build.has_model = True
-                weights = {build.rename(name): array for name, array in weights.items()}
+                weights = build.fit_weights(self, weights)
                 inherited = getattr(super(), "sanitize", None)
                 weights = inherited(weights) if inherited else weights
+                keep_to_groups(build.config, weights)
                 build.check_packing(self, weights)
                 return weights
 
@@ -106,14 +115,12 @@ class _Build:
         Model.__module__ = model_class.__module__
         return Model, args_class
 
-    def rename(self, name: str) -> str:
-        """A tensor's name as mlx-lm's class has it, where the file has another."""
-        if self.checkpoint.is_headless:
-            return f"model.{name}"
-        if self.checkpoint.architecture == "gpt2":
-            # mlx-lm knows the names of the first GPT-2 only; Transformers writes a prefix.
-            return name.removeprefix("transformer.")
-        return name
+    def fit_weights(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The tensors in the form that mlx-lm's class reads."""
+        try:
+            return fit_weights(self.checkpoint, model, weights)
+        except UnfitWeightsError as exc:
+            raise self._refusal(f"{self.checkpoint.path} cannot be served: {exc}") from exc
 
     def check_packing(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
         """Refuse scales that MLX would divide by zero for, which ends the process."""

@@ -181,9 +181,9 @@ def test_a_class_without_a_rope_to_replace_refuses_what_it_does_not_compute() ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "jamba", "num_experts": 4}, "weighs the experts otherwise"),
-        ({"model_type": "minicpm3"}, "leaves out a factor of the logits"),
-        ({"model_type": "ernie4_5_moe"}, "leaves out the bias that chooses the experts"),
+        ({"model_type": "minimax", "attn_type_list": [0, 1]}, "minimax is for MiniMax M2"),
+        ({"model_type": "minimax", "layer_types": ["linear_attention"]}, "is for MiniMax M2"),
+        ({"model_type": "bailing_hybrid", "linear_num_heads": 4}, "for an older model of this"),
         ({"model_type": "olmo"}, "needs the library hf_olmo"),
     ],
 )

@@ -109,6 +109,69 @@ MIXTRAL = _COMMON | {
     "sliding_window": None,
 }
 OLMO2 = _COMMON | {"model_type": "olmo2", "hidden_act": "silu", "attention_bias": False}
+KIMI_LINEAR = _COMMON | {
+    "model_type": "kimi_linear",
+    "hidden_act": "silu",
+    "first_k_dense_replace": 1,
+    "head_dim": 72,
+    "kv_lora_rank": 512,
+    "linear_attn_config": {
+        "full_attn_layers": [4],
+        "head_dim": 128,
+        "kda_layers": [1, 2, 3],
+        "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 1048576,
+    "moe_intermediate_size": 1024,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_expert_group": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_nextn_predict_layers": 0,
+    "num_shared_experts": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": None,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "use_grouped_topk": True,
+    "v_head_dim": 128,
+}
+MIMO_V2_FLASH = _COMMON | {
+    "model_type": "mimo_v2_flash",
+    "hidden_act": "silu",
+    "add_full_attention_sink_bias": False,
+    "add_swa_attention_sink_bias": True,
+    "attention_value_scale": 0.707,
+    "head_dim": 192,
+    "hybrid_layer_pattern": [0, 1, 1, 1],
+    "layernorm_epsilon": 1e-05,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": [0, 1, 1, 1],
+    "n_group": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": None,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "partial_rotary_factor": 0.334,
+    "routed_scaling_factor": None,
+    "scoring_func": "sigmoid",
+    "sliding_window": 128,
+    "sliding_window_size": 128,
+    "swa_head_dim": 192,
+    "swa_num_attention_heads": 64,
+    "swa_num_key_value_heads": 8,
+    "swa_rope_theta": 10000,
+    "swa_v_head_dim": 128,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+}
 PUBLISHED = {
     "llama 3.2": LLAMA,
     "mistral 0.3": MISTRAL | {"sliding_window": None},
@@ -120,6 +183,8 @@ PUBLISHED = {
     "smollm2": SMOLLM2,
     "mixtral": MIXTRAL,
     "olmo 2": OLMO2,
+    "kimi linear": KIMI_LINEAR,
+    "mimo v2 flash": MIMO_V2_FLASH,
 }
 
 
@@ -169,6 +234,13 @@ def test_a_window_as_long_as_the_context_limits_nothing() -> None:
 
 def test_a_shorter_limit_that_is_known_already_stays() -> None:
     assert honour(MISTRAL | {CONTEXT_TOKENS: 1000}).model_config[CONTEXT_TOKENS] == 1000
+
+
+def test_a_window_is_told_as_mlx_lm_counts_it() -> None:
+    """transformers: so many tokens and the one that asks; as it saves it, that one is counted."""
+    assert honour(MIMO_V2_FLASH).model_config["sliding_window_size"] == 129
+    saved = {k: v for k, v in MIMO_V2_FLASH.items() if k != "sliding_window_size"}
+    assert honour(saved).model_config["sliding_window_size"] == 128
 
 
 def test_layers_with_a_window_only_are_held_to_it() -> None:
