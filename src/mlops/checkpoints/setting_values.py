@@ -70,8 +70,9 @@ def _wanted(
 def _wanted_number(name: str, value: float) -> str | None:
     if _EPSILON.fullmatch(name):
         return None if 0 <= value < 1 else "a number from 0 to 1"
-    if not math.isfinite(value):
-        return "a finite number"
+    is_possible = value.bit_length() < 64 if isinstance(value, int) else math.isfinite(value)
+    if not is_possible:
+        return "a finite number of at most 63 bits"
     if _POSITIVE.fullmatch(name) and value <= 0:
         return "a positive number"
     if _COUNT.fullmatch(name) and not 0 <= value <= LARGEST_COUNT:

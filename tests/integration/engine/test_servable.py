@@ -119,16 +119,31 @@ def test_a_missing_expert(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_setting_that_mlx_lm_needs(models: dict[str, Path], tmp_path: Path) -> None:
+    """One that transformers has no default for either."""
     folder = Path(shutil.copytree(models["qwen3_moe"], tmp_path / "model"))
-    write_config(folder, model_type="dots1", n_shared_experts=..., moe_intermediate_size=...)
-    print(refused(folder))
+    write_config(folder, model_type="dots1", n_shared_experts=...)
+    with pytest.raises(PackagingError, match="does not set n_shared_experts, which mlx-lm needs"):
+        recognise(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
-        ({"head_dim": 0, "rope_theta": [1]}, "rope_theta in config.json is '[1]'"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x' in config.json, not a number"),
+        ({"head_dim": 0, "rope_theta": [1]}, "rope_theta in config.json is '[1]', not"),
+        ({"resid_pdrop": 10**400}, "resid_pdrop is '1000"),
+    ],
+)
+def test_values_that_are_refused_before(phi3: Path, changes: dict[str, Any], named: str) -> None:
+    write_config(phi3, **changes)
+    with pytest.raises(PackagingError) as error:
+        check_loads(recognise(phi3))
+    assert named in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
         ({"architectures": 3}, "architectures '3'"),
         ({"text_config": 3}, "text_config '3'"),
     ],
@@ -178,8 +193,9 @@ def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
 
 def test_tokens_that_were_added_to_the_tokenizer_alone(tmp_path: Path) -> None:
     folder = tiny_models.write_language_model(tmp_path, vocab=258)
-    warning, *_ = check_loads(recognise(folder))
-    assert f"added to the tokenizer of {folder} and not to the model (<|end|>)" in warning
+    of_end, added = check_loads(recognise(folder))
+    assert "the end tokens 258 are none of the model's 258 tokens" in of_end
+    assert f"added to the tokenizer of {folder} and not to the model (<|end|>)" in added
 
 
 OWN_TOKENIZER = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "tokenizer_class": "X"}
@@ -244,15 +260,11 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
 
 def test_an_adapter_that_the_models_code_has_no_place_for(tmp_path: Path) -> None:
     """Its shapes fit. mlx-lm's seed_oss reads the weight of its tied output layer itself."""
-    base = recognise(
-        tiny_models.write_language_model(
-            tmp_path / "base",
-            architecture="seed_oss",
-            tie_word_embeddings=True,
-            attention_bias=False,
-            attention_out_bias=False,
-        )
+    folder = tiny_models.write_language_model(
+        tmp_path / "base", architecture="seed_oss", tie_word_embeddings=True
     )
+    write_config(folder, attention_bias=False)  # transformers' default is another
+    base = recognise(folder)
     adapter = tiny_models.write_lora_adapter(tmp_path / "a", base.path, keys=["model.embed_tokens"])
     with pytest.raises(PackagingError, match="reads its weight past the adapter"):
         check_adapter_loads(base, recognise(adapter))

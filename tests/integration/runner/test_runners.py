@@ -295,8 +295,14 @@ def memory_at_rest(model: Path, watcher: MLXModelRunner) -> float:
     runner.predict({"prompt": "a", "max_tokens": 1})
     runner.unload_model()
     del runner
-    gc.collect()
-    engine.run_in_owner(int)
+    return memory_when_settled(watcher)
+
+
+def memory_when_settled(watcher: MLXModelRunner) -> float:
+    """MB in use once the owner thread has let go of what was forgotten, and Python of the rest."""
+    for _ in range(3):  # steps and the release are queued one after the other
+        engine.run_in_owner(int)
+        gc.collect()
     return float(watcher.get_memory_usage()["active_mb"])
 
 
@@ -309,10 +315,7 @@ def test_a_runner_may_be_forgotten_while_it_answers(model: Path) -> None:
     del runner
     assert asyncio.run(answer.prediction())["usage"]["completion_tokens"] == 200
     del answer
-    gc.collect()
-    for _ in range(3):  # steps and the release are queued one after the other
-        engine.run_in_owner(int)
-    assert watcher.get_memory_usage()["active_mb"] <= before
+    assert memory_when_settled(watcher) <= before
 
 
 def test_memory_comes_back(model: Path) -> None:
@@ -340,9 +343,7 @@ def test_a_forgotten_runner_gives_its_memory_back(model: Path) -> None:
     runner.load_model()
     assert watcher.get_memory_usage()["active_mb"] > before
     del runner
-    gc.collect()
-    engine.run_in_owner(int)
-    assert watcher.get_memory_usage()["active_mb"] <= before
+    assert memory_when_settled(watcher) <= before
 
 
 def test_lora_answers_with_its_adapter_by_default(lora: LoRAModelRunner, model: Path) -> None:
