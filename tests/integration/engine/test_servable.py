@@ -131,7 +131,6 @@ def test_a_setting_that_mlx_lm_needs(models: dict[str, Path], tmp_path: Path) ->
     [
         ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x' in config.json, not a number"),
         ({"head_dim": 0, "rope_theta": [1]}, "rope_theta in config.json is '[1]', not"),
-        ({"resid_pdrop": 10**400}, "resid_pdrop is '1000"),
     ],
 )
 def test_values_that_are_refused_before(phi3: Path, changes: dict[str, Any], named: str) -> None:
