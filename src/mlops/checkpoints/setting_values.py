@@ -21,6 +21,7 @@ _POSITIVE = re.compile(
 _COUNT = re.compile(r"(num|n)_.*|.*_(size|dim|rank|layers|heads|groups|kernel)")
 _FACTOR = re.compile(r".*(_multiplier|_scale|_scaling|_factor|softcapping|_scalar|_alpha|_beta)")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_GROUPS = ("n_group", "num_expert_group")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -97,7 +98,7 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
             f"num_attention_heads is {heads} in config.json, not a multiple of "
             f"num_key_value_heads, which is {shared}"
         )
-    groups, top = first("n_group")[1], first("topk_group")[1]
+    groups, top = first(*_GROUPS)[1], first("topk_group")[1]
     if groups and top > groups:
         yield f"topk_group is {top} in config.json, and n_group only {groups}"
     if groups and num_experts % groups:

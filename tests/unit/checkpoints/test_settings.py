@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlops.checkpoints.settings import CONTEXT_TOKENS, Honoured, honour_settings
+from mlops.checkpoints.checkpoint import CONTEXT_TOKENS
+from mlops.checkpoints.settings import Honoured, honour_settings
 from mlops.errors import PackagingError
 
 LLAMA: dict[str, Any] = {
@@ -167,23 +168,29 @@ def test_a_window_as_long_as_the_context_limits_nothing() -> None:
     assert honour(MISTRAL | {"sliding_window": 32768}).warnings == ()
 
 
-def test_a_shorter_limit_that_is_known_already_stays() -> None:
-    assert honour(MISTRAL | {CONTEXT_TOKENS: 1000}).model_config[CONTEXT_TOKENS] == 1000
-
-
 def test_layers_with_a_window_only_are_held_to_it() -> None:
     types = ["sliding_attention"] * 4
     told = honour(MISTRAL | {"layer_types": types}).model_config
-    assert told == {"layer_types": ["full_attention"] * 4, CONTEXT_TOKENS: 4096}
+    assert told["layer_types"] == ["full_attention"] * 4
+    assert told[CONTEXT_TOKENS] == 4096
 
 
 def test_the_order_of_windows_is_told_by_the_name_that_mlx_lm_reads() -> None:
     text = GEMMA3["text_config"] | {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
     told = honour(GEMMA3 | {"text_config": text}).model_config["text_config"]
     assert told["sliding_window_pattern"] == 1
-    text["layer_types"] = ["full_attention", "sliding_attention"] * 2
-    with pytest.raises(PackagingError, match="the order of layers"):
-        honour(GEMMA3 | {"text_config": text})
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "cohere2"])
+def test_an_order_of_windows_that_mlx_lm_does_not_compute_is_refused(kind: str) -> None:
+    sliding, full = "sliding_attention", "full_attention"
+    sizes = {"num_hidden_layers": 3, "sliding_window": 8, "tie_word_embeddings": True}
+    config = _COMMON | sizes | {"model_type": kind}
+    regular = honour(config | {"layer_types": [sliding, full, sliding]}).model_config
+    assert regular["sliding_window_pattern"] == 2
+    for layers in ([sliding, sliding, sliding], [sliding, full, full], [full, sliding, full]):
+        with pytest.raises(PackagingError, match="the order of layers"):
+            honour(config | {"layer_types": layers})
 
 
 def test_defaults_of_transformers_are_told_where_mlx_lm_has_others() -> None:
