@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,7 +71,7 @@ def _wanted(
 def _wanted_number(name: str, value: float) -> str | None:
     if _EPSILON.fullmatch(name):
         return None if 0 <= value < 1 else "a number from 0 to 1"
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # NaN too
         return "a finite number"
     if _POSITIVE.fullmatch(name) and value <= 0:
         return "a positive number"

@@ -67,14 +67,18 @@ def honour_settings(path: Path, config: Mapping[str, Any], tensor_names: Iterabl
     )
     for problem in filter(None, problems):
         raise _refuse(path, problem)
-    given = {name: value for name, value in model.settings.items() if value is not None}
-    implied = {**told, "layer_types": types_of_layers(model)}
-    ropes = translate_ropes(path, model, {**implied, **given})
+    ropes = translate_ropes(path, model, _completed(model, told))
     model_config = model.as_model_config({**told, **ropes.told, **windows.told})
     limits = (windows.max_context_tokens, ropes.max_context_tokens)
     if known := [limit for limit in limits if limit is not None]:
         model_config[CONTEXT_TOKENS] = min(known)
     return Honoured(model_config, ropes.ropes, (*ropes.warnings, *windows.warnings, *unread(model)))
+
+
+def _completed(model: LanguageModel, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's settings, and what is meant by those that it leaves out."""
+    given = {name: value for name, value in model.settings.items() if value is not None}
+    return {**told, "layer_types": types_of_layers(model), **given}
 
 
 def _types(model: LanguageModel) -> dict[str, frozenset[str]]:

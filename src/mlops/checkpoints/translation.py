@@ -21,26 +21,30 @@ Settings = Mapping[str, Any]
 Derive = Callable[[Settings], Any]
 
 _SAME: tuple[tuple[str, ...], ...] = (
+    # Experts: Qwen's and Mixtral's names, DeepSeek's, ERNIE's.
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    ("n_ctx", "n_positions", "max_position_embeddings", "model_max_length"),
+    ("n_shared_experts", "num_shared_experts"),
     ("num_experts_per_tok", "num_experts_per_token"),
     ("n_group", "num_expert_group"),
-    ("n_shared_experts", "num_shared_experts"),
     ("norm_topk_prob", "moe_renormalize"),
+    # Length of the context: GPT-2's names, everybody's, Kimi's.
+    ("n_ctx", "n_positions", "max_position_embeddings", "model_max_length"),
+    # LFM2's width of a layer.
     ("block_dim", "hidden_size"),
 )
 """Names of one setting: where mlx-lm reads one that is not there, another's value is taken."""
 
-_NOT_TOLD = {"model_type", "text_config"} | (WINDOWS - {"sliding_window"})
+_TOLD_ELSEWHERE = {"model_type", "text_config"} | (WINDOWS - {"sliding_window"})
 
 _CONSTANTS: dict[str, dict[str, Any]] = {
-    # They have neither, and mlx-lm's class can do without.
+    # No biases; norms before attention, and of queries and keys.
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
-    # mlx-lm's class caps logits where the file says nothing.
+    # mlx-lm's class caps logits, and has inputs for each layer, where the file says nothing.
     "gemma4_text": {"final_logit_softcapping": None},
     "gemma4_unified_text": {"final_logit_softcapping": None, "hidden_size_per_layer_input": 0},
-    # What the only published model has, and transformers always does.
+    # It chooses experts as DeepSeek-V3 does, in every layer that has them.
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    # It has one kind of attention, and experts that pass on what they get.
     "longcat_flash": {
         "attention_method": "MLA",
         "zero_expert_type": "identity",
@@ -49,6 +53,7 @@ _CONSTANTS: dict[str, dict[str, Any]] = {
     },
     # It has no shared expert.
     "minimax": {"shared_intermediate_size": 0},
+    # Its text configuration has no such setting, unlike qwen3_moe's.
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     # All of its layers have experts: there is no other feed-forward layer to have a width.
     "solar_open": {"intermediate_size": 0, "first_k_dense_replace": 0},
@@ -217,7 +222,7 @@ def translate(model: LanguageModel, has_output_layer: bool) -> dict[str, Any]:
     for name, value in model.own(_CONSTANTS).items():
         if name in fields and name not in settings:
             told[name] = value
-    for name in sorted(fields.keys() - told.keys() - _NOT_TOLD):
+    for name in sorted(fields.keys() - told.keys() - _TOLD_ELSEWHERE):
         if settings.get(name) is not None:
             continue
         value = _left_out(model, name, has_output_layer)

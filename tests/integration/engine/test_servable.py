@@ -60,7 +60,10 @@ def write_config(folder: Path, **changes: Any) -> None:
 
 def refused(folder: Path) -> str:
     """What packaging says; loading says the same."""
-    found = recognise(folder)
+    try:
+        found = recognise(folder)
+    except PackagingError as exc:
+        return exc.message
     with pytest.raises(PackagingError) as packaging:
         check_loads(found)
     with pytest.raises(ServiceError) as loading:
@@ -121,17 +124,19 @@ def test_a_missing_expert(models: dict[str, Path], tmp_path: Path) -> None:
 def test_a_setting_that_mlx_lm_needs(models: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models["qwen3_moe"], tmp_path / "model"))
     write_config(folder, num_experts=..., norm_topk_prob=...)
-    assert (
-        f"config.json in {folder} lacks num_experts, norm_topk_prob, which mlx-lm needs for "
-        "qwen3_moe"
-    ) in refused(folder)
+    # What transformers takes then is 128.
+    assert "mlp.gate.weight" in refused(folder)
+    assert "is 4x32, but by config.json 128x32" in refused(folder)
+    shutil.copytree(models["mamba2"], folder, dirs_exist_ok=True)
+    write_config(folder, expand=None, intermediate_size=...)
+    assert "does not set intermediate_size, which mlx-lm needs for mamba2" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rms_norm_eps": "x"}, "rms_norm_eps 'x'"),
-        ({"head_dim": 0, "rope_theta": [1]}, "rope_theta '[1]'"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+        ({"head_dim": 0, "rope_theta": [1]}, "rope_theta in config.json is '[1]'"),
         ({"architectures": 3}, "architectures '3'"),
         ({"text_config": 3}, "text_config '3'"),
     ],
@@ -181,7 +186,8 @@ def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
 
 def test_tokens_that_were_added_to_the_tokenizer_alone(tmp_path: Path) -> None:
     folder = tiny_models.write_language_model(tmp_path, vocab=258)
-    (warning,) = check_loads(recognise(folder))
+    end, warning = check_loads(recognise(folder))
+    assert "the end tokens 258 are none of the model's 258 tokens" in end
     assert f"added to the tokenizer of {folder} and not to the model (<|end|>)" in warning
 
 
@@ -247,11 +253,11 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
 
 def test_an_adapter_that_the_models_code_has_no_place_for(tmp_path: Path) -> None:
     """Its shapes fit. mlx-lm's seed_oss reads the weight of its tied output layer itself."""
-    base = recognise(
-        tiny_models.write_language_model(
-            tmp_path / "base", architecture="seed_oss", tie_word_embeddings=True
-        )
+    folder = tiny_models.write_language_model(
+        tmp_path / "base", architecture="seed_oss", tie_word_embeddings=True
     )
+    write_config(folder, attention_bias=False)
+    base = recognise(folder)
     adapter = tiny_models.write_lora_adapter(tmp_path / "a", base.path, keys=["model.embed_tokens"])
     with pytest.raises(PackagingError, match="reads its weight past the adapter"):
         check_adapter_loads(base, recognise(adapter))

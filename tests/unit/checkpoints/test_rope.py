@@ -92,6 +92,7 @@ def test_layers_of_gemma_3_differ_in_both_spellings() -> None:
         (YARN | {"factor": 0}, "factor"),
         (YARN | {"factor": "4"}, "factor"),
         (YARN | {"factor": None, "original_max_position_embeddings": "8"}, "original_max"),
+        (YARN | {"original_max_position_embeddings": 10**400}, "original_max"),
         (YARN | {"rope_theta": 0.5}, "rope_theta"),
         (YARN | {"beta_fast": -1}, "beta_fast"),
         (YARN | {"mscale": "1"}, "mscale"),

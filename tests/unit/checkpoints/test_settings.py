@@ -236,6 +236,7 @@ VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
+    st.just(10**400),
     st.floats(),
     st.text(max_size=20),
     st.lists(st.one_of(st.none(), st.text(max_size=5), st.integers()), max_size=20),
@@ -243,9 +244,17 @@ VALUES = st.one_of(
 )
 
 
-@given(st.sampled_from(sorted(PUBLISHED)), st.data())
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+FUZZED = PUBLISHED | {
+    "phi 3 long": PHI3 | {"rope_scaling": _LONGROPE},
+    "llama with windows": LLAMA | {"layer_types": ["sliding_attention"] * 16, "sliding_window": 8},
+    "falcon h1": _COMMON | {"model_type": "falcon_h1", "key_multiplier": 0.5},
+}
+
+
+@given(st.sampled_from(sorted(FUZZED)), st.data())
 def test_any_value_is_refused_or_taken(name: str, data: st.DataObject) -> None:
-    config = json.loads(json.dumps(PUBLISHED[name]))
+    config = json.loads(json.dumps(FUZZED[name]))
     level = config.get("text_config", config)
     for key in data.draw(st.lists(st.sampled_from(sorted(level)), min_size=1, max_size=4)):
         level[key] = data.draw(VALUES)
