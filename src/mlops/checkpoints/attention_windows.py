@@ -39,7 +39,7 @@ def read_windows(model: LanguageModel) -> Attention:
         return Attention({}, problem=problem)
     types, chunk = model.layer_types, model.value("attention_chunk_size")
     is_computed = "attention_chunk_size" in model.mlx_lm.used
-    has_chunks = not is_computed and types != ["full_attention"] * model.num_layers
+    has_chunks = not is_computed and set(types or ()) != {"full_attention"}
     if has_chunks and isinstance(chunk, int) and model.transformers:
         return _capped(model, chunk, "attention_chunk_size")
     window = _window(model)
@@ -82,11 +82,8 @@ def _window(model: LanguageModel) -> int | None:
     """Tokens that a layer with a sliding window sees; None when no layer has one."""
     known, types = model.transformers, model.layer_types
     window = model.value("sliding_window")
-    if (
-        not isinstance(window, int)
-        or window < 1
-        or (known and "sliding_window" not in known.fields)
-    ):
+    has_none = known is not None and "sliding_window" not in known.fields
+    if has_none or not isinstance(window, int) or window < 1:
         return None
     if model.value("use_sliding_window") is False:
         return None

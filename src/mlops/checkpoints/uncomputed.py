@@ -13,37 +13,55 @@ from typing import Any
 from mlops.checkpoints.language_settings import ROTARY, WINDOWS, LanguageModel, as_number, shown
 from mlops.checkpoints.library_sources import UNKNOWN
 
-HARMLESS = re.compile(
-    r"max_context_tokens|_.*"
-    # training
-    r"|.*(dropout|pdrop|_drop).*|.*initializer.*|.*init_(std|method|scale|scheme|floor).*"
-    r"|.*(aux_loss|_loss|z_loss|jitter|regulari).*|.*_init|output_\w+|return_dict\w*"
-    r"|rescale_prenorm_residual|time_step_(min|max|floor|scale|init_scheme)|gradient_checkpointing"
-    r"|linear_(a_log|dt)_(min|max)|w_init_variance_scale|final_w_init_variance_scale|seq_aux"
-    r"|use_cache|use_return_dict|is_encoder_decoder|cross_attention_hidden_size|chunk_size_feed.*"
-    # the tokenizer's, labels, other parts of the model
-    r"|(.*_)?token_(id|index)|.*token_ids|prefix|suffix|vocab_size|tokenizer_class"
-    r"|architectures|model_type|auto_map|.*dtype|transformers.*|.*version|name_or_path|task\w*"
-    r"|id2label|label2id|num_labels|problem_type|finetuning_task|classifier\w*|summary_\w+"
-    r"|(text|vision|audio|video|speech|image|mm|projector|multimodal)_\w+|quantization.*|unsloth.*"
-    # precision and speed
-    r"|residual_in_fp32|\w*softmax_in_fp32|reorder_and_upcast_attn|fp32_\w+|use_bfloat16"
-    r"|use_(mamba_kernels|mambapy|associative_scan|flash_attn\w*|fused\w*|kernels?)"
-    r"|attn_implementation"
-    r"|(mamba_)?chunk_size|block_size|num_logits_to_keep|pretraining_tp|ep_size|cache_implementation"
-    # defaults for sampling
-    r"|max_length|min_length|do_sample|temperature|top_[kp]|num_beams\w*|repetition_penalty|typical_p"
-    r"|length_penalty|no_repeat_ngram_size|bad_words_ids|num_return_sequences|diversity_penalty"
-    r"|encoder_no_repeat_ngram_size|early_stopping|begin_suppress_tokens|suppress_tokens"
-    r"|remove_invalid_values|exponential_decay_length_penalty|pruned_heads|max_new_tokens|tf_legacy.*"
-    r"|torchscript|mtp_\w+|num_mtp_layers|num_nextn_predict_layers|keys_to_ignore.*|rope_interleaved"
-    r"|is_llama_config|use_mrope|head_dim_override|seq_length|initial_context_length|max_seq_len\w*"
-    r"|max_sequence_length|model_max_length|max_window_layers|interpolate_factor|full_attn_mod"
-    r"|experts_per_token|n_special|n_ctx|n_positions|predict_special_tokens|sep_token|gguf_file"
-)
-"""Whole names of settings that change nothing of what is computed for a request: training, the
-tokenizer, labels, precision and speed, the defaults of other libraries for sampling, other parts
-than the language model."""
+_HARMLESS = {
+    "ours, and what is private": r"max_context_tokens|_.*",
+    "training": (
+        r".*(dropout|pdrop|_drop).*|.*initializer.*|.*init_(std|method|scale|scheme|floor).*"
+        r"|.*(aux_loss|_loss|z_loss|jitter|regulari).*|.*_init|rescale_prenorm_residual"
+        r"|time_step_(min|max|floor|scale|init_scheme)|linear_(a_log|dt)_(min|max)|seq_aux"
+        r"|(final_)?w_init_variance_scale|gradient_checkpointing|finetuning_task|unsloth.*"
+    ),
+    "what transformers' functions return, and how they are called": (
+        r"output_\w+|return_dict\w*|use_cache|use_return_dict|is_encoder_decoder"
+        r"|cross_attention_hidden_size|chunk_size_feed.*|torchscript|tf_legacy.*|pruned_heads"
+        r"|cache_implementation|num_logits_to_keep|keys_to_ignore.*|gguf_file"
+    ),
+    "the tokenizer's": (
+        r"(.*_)?token_(id|index)|.*token_ids|prefix|suffix|vocab_size|tokenizer_class|n_special"
+        r"|predict_special_tokens|sep_token"
+    ),
+    "names and versions": (
+        r"architectures|model_type|auto_map|.*dtype|transformers.*|.*version|name_or_path|task\w*"
+        r"|is_llama_config"
+    ),
+    "classification": r"id2label|label2id|num_labels|problem_type|classifier\w*|summary_\w+",
+    "other parts than the language model, heads that predict further tokens": (
+        r"(text|vision|audio|video|speech|image|mm|projector|multimodal)_\w+|mtp_\w+"
+        r"|num_mtp_layers|num_nextn_predict_layers"
+    ),
+    "quantization, which is read elsewhere": r"quantization.*",
+    "precision and speed": (
+        r"residual_in_fp32|\w*softmax_in_fp32|reorder_and_upcast_attn|fp32_\w+|use_bfloat16"
+        r"|use_(mamba_kernels|mambapy|associative_scan|flash_attn\w*|fused\w*|kernels?)"
+        r"|attn_implementation|(mamba_)?chunk_size|block_size|pretraining_tp|ep_size"
+    ),
+    "defaults for sampling": (
+        r"max_length|min_length|do_sample|temperature|top_[kp]|num_beams\w*|repetition_penalty"
+        r"|typical_p|length_penalty|no_repeat_ngram_size|bad_words_ids|num_return_sequences"
+        r"|diversity_penalty|encoder_no_repeat_ngram_size|early_stopping|begin_suppress_tokens"
+        r"|suppress_tokens|remove_invalid_values|exponential_decay_length_penalty|max_new_tokens"
+    ),
+    "lengths of the context, by names that do not decide": (
+        r"seq_length|initial_context_length|max_seq_len\w*|max_sequence_length|model_max_length"
+        r"|n_ctx|n_positions|max_window_layers"
+    ),
+    "written into published files, and read by no model": (
+        r"rope_interleaved|use_mrope|head_dim_override|interpolate_factor|full_attn_mod"
+        r"|experts_per_token"
+    ),
+}
+HARMLESS = re.compile("|".join(_HARMLESS.values()))
+"""Whole names of settings that change nothing of what is computed for a request, by reason."""
 
 IN_TENSORS = re.compile(
     r"head_dim|.*_head_dim|num_(key_value|attention)_heads|.*_heads|n_inner|.*_width|.*(hidden|inter"
@@ -79,20 +97,19 @@ _COMPUTES = {
 }
 """How an activation shows in a model's source, where transformers has no such architecture."""
 
-COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
+COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     # Written in one published configuration where `sigmoid` is meant.
-    ("dots1", "scoring_func"): ("noaux_tc", "sigmoid"),
+    "dots1": {"scoring_func": ("noaux_tc", "sigmoid")},
     # Read, and then the weights are taken apart as if it were set.
-    ("gpt_bigcode", "multi_query"): (True,),
+    "gpt_bigcode": {"multi_query": (True,)},
     # It looks whether there is an output layer.
-    ("gemma3_text", "tie_word_embeddings"): (True, False),
+    "gemma3_text": {"tie_word_embeddings": (True, False)},
     # It always has these tensors.
-    ("phimoe", "attention_bias"): (True,),
-    ("phimoe", "lm_head_bias"): (True,),
+    "phimoe": {"attention_bias": (True,), "lm_head_bias": (True,)},
     # Read, and the groups are normalised as one.
-    ("mamba2", "n_groups"): (1,),
+    "mamba2": {"n_groups": (1,)},
     # Read, and the output layer is wanted nevertheless.
-    ("helium", "tie_word_embeddings"): (False,),
+    "helium": {"tie_word_embeddings": (False,)},
 }
 """The values with which mlx-lm's module computes the same, where its source does not say them."""
 
@@ -102,7 +119,7 @@ def not_computed(model: LanguageModel, has_output_layer: bool) -> Iterator[str]:
     for name, value in model.settings.items():
         if name == "tie_word_embeddings" and value is False and not has_output_layer:
             continue  # it is tied all the same
-        is_listed = (model.module, name) in COMPUTED
+        is_listed = name in model.own(COMPUTED)
         if name in WINDOWS or ROTARY.fullmatch(name):
             continue
         if name in ACTIVATIONS:
@@ -136,7 +153,7 @@ def _computed(model: LanguageModel, name: str) -> tuple[Any, ...]:
         default = declared.default
     else:
         default = model.transformers.default(name) if model.transformers else None
-    return COMPUTED.get((model.module, name), (default,))
+    return model.own(COMPUTED).get(name, (default,))
 
 
 def _is_same(model: LanguageModel, name: str, value: Any) -> bool:
