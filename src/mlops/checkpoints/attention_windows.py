@@ -27,7 +27,7 @@ _SAME_WITHOUT_WINDOW = frozenset({"llama", "ministral3"})
 class Attention:
     """What comes of settings that limit how far attention reaches back."""
 
-    told: Mapping[str, Any]
+    model_config: Mapping[str, Any]
     max_context_tokens: int | None = None
     warnings: tuple[str, ...] = ()
     problem: str = ""
@@ -106,8 +106,8 @@ def _by_layer_types(model: LanguageModel, window: int | None) -> Attention:
         and (types is None or "full_attention" not in types)
     ):
         # Without a layer that sees all, mlx-lm's class cannot be made.
-        told = {} if types is None else {"layer_types": ["full_attention"] * len(types)}
-        return _capped(model, window, "sliding_window", told)
+        model_config = {} if types is None else {"layer_types": ["full_attention"] * len(types)}
+        return _capped(model, window, "sliding_window", model_config)
     looked_for = _LOOKED_FOR.findall(model.mlx_lm.text)
     if types is not None and not set(looked_for) <= set(types):
         return Attention({}, problem=_no_such_order(model))
@@ -142,13 +142,13 @@ def _no_such_order(model: LanguageModel) -> str:
 
 
 def _capped(
-    model: LanguageModel, window: int, name: str, told: Mapping[str, Any] | None = None
+    model: LanguageModel, window: int, name: str, model_config: Mapping[str, Any] | None = None
 ) -> Attention:
     context = model.settings.get("max_position_embeddings")
     if isinstance(context, int) and context <= window:
-        return Attention(told or {})
+        return Attention(model_config or {})
     warning = (
         f"mlx-lm has no sliding window for {model.name}, and {name} is {window} in config.json: "
         f"prompt and answer together are held to {window} tokens, as far as both compute the same"
     )
-    return Attention(told or {}, window, (warning,))
+    return Attention(model_config or {}, window, (warning,))

@@ -113,11 +113,11 @@ class LanguageModel:
         """Its entries of a table that goes by `model_type` or by mlx-lm's module."""
         return table.get(self.model_type, table.get(self.module, {}))
 
-    def as_model_config(self, told: Mapping[str, Any]) -> dict[str, Any]:
+    def as_model_config(self, model_config: Mapping[str, Any]) -> dict[str, Any]:
         """Settings for mlx-lm, at the level where it reads them."""
         if not self.is_nested:
-            return dict(told)
-        whole = {"text_config": {**self.settings, **told}}
+            return dict(model_config)
+        whole = {"text_config": {**self.settings, **model_config}}
         size = self.settings.get("vocab_size")
         if "vocab_size" in self.wrapper.fields.keys() - self.config.keys() and size is not None:
             whole["vocab_size"] = size

@@ -34,14 +34,14 @@ class RopeSettings:
     """What is to be served of rotary embeddings.
 
     Attributes:
-        told: settings for mlx-lm, which replace those of the same name.
+        model_config: settings for mlx-lm, which replace those of the same name.
         ropes: those that the engine has to set itself, of each layer, or one for all; None for a
             layer that keeps its own. Empty: mlx-lm's are right.
         max_context_tokens: up to where they are computed as they were trained; None: everywhere.
         warnings: sentences for the user.
     """
 
-    told: Mapping[str, Any]
+    model_config: Mapping[str, Any]
     ropes: tuple[Rope | None, ...] = ()
     max_context_tokens: int | None = None
     warnings: tuple[str, ...] = ()
@@ -60,14 +60,14 @@ def translate_ropes(path: Path, model: LanguageModel, settings: Mapping[str, Any
     ropes, warnings = read_ropes(path, config)
     _check_types(path, config, ropes, source)
     wanted = _rope_settings(config, ropes, source)
-    told = {
+    model_config = {
         name: value
         for name, value in wanted.items()
         if name in source.fields and (name not in config or config[name] != value)
     }
     longest = _longest(config, ropes, warnings)
     left = _left_to_engine(path, config, ropes, source)
-    return RopeSettings(told, left, longest, tuple(warnings))
+    return RopeSettings(model_config, left, longest, tuple(warnings))
 
 
 def _rope_settings(

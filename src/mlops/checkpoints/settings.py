@@ -58,27 +58,29 @@ def honour_settings(path: Path, config: Mapping[str, Any], tensor_names: Iterabl
     refuse_otherwise(path, model.settings)
     for problem in impossible_values(model.settings, _types(model)):
         raise _refuse(path, f"{problem}; use the config.json that was saved with the weights")
-    told = translate(model, has_output_layer)
+    translated = translate(model, has_output_layer)
     windows = read_windows(model)
     problems = (
-        missing(model, {**told, **windows.told}),
+        missing(model, {**translated, **windows.model_config}),
         windows.problem,
         *not_computed(model, has_output_layer),
     )
     for problem in filter(None, problems):
         raise _refuse(path, problem)
-    ropes = translate_ropes(path, model, _completed(model, told))
-    model_config = model.as_model_config({**told, **ropes.told, **windows.told})
+    ropes = translate_ropes(path, model, _completed(model, translated))
+    model_config = model.as_model_config(
+        {**translated, **ropes.model_config, **windows.model_config}
+    )
     limits = (windows.max_context_tokens, ropes.max_context_tokens)
     if known := [limit for limit in limits if limit is not None]:
         model_config[CONTEXT_TOKENS] = min(known)
     return Honoured(model_config, ropes.ropes, (*ropes.warnings, *windows.warnings, *unread(model)))
 
 
-def _completed(model: LanguageModel, told: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(model: LanguageModel, translated: Mapping[str, Any]) -> dict[str, Any]:
     """The file's settings, and what is meant by those that it leaves out."""
     given = {name: value for name, value in model.settings.items() if value is not None}
-    return {**told, "layer_types": types_of_layers(model), **given}
+    return {**translated, "layer_types": types_of_layers(model), **given}
 
 
 def _types(model: LanguageModel) -> dict[str, frozenset[str]]:

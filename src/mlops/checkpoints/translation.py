@@ -34,7 +34,7 @@ _SAME: tuple[tuple[str, ...], ...] = (
 )
 """Names of one setting: where mlx-lm reads one that is not there, another's value is taken."""
 
-_TOLD_ELSEWHERE = {"model_type", "text_config"} | (WINDOWS - {"sliding_window"})
+_HANDLED_ELSEWHERE = {"model_type", "text_config"} | (WINDOWS - {"sliding_window"})
 
 _CONSTANTS: dict[str, dict[str, Any]] = {
     # No biases; norms before attention, and of queries and keys.
@@ -211,32 +211,32 @@ def translate(model: LanguageModel, has_output_layer: bool) -> dict[str, Any]:
         has_output_layer: there are tensors of one.
     """
     settings, fields = model.settings, model.mlx_lm.fields
-    told: dict[str, Any] = {}
+    model_config: dict[str, Any] = {}
     for name in model.mlx_lm.used & settings.keys():
         if (number := as_number(settings[name])) != settings[name]:
-            told[name] = number
+            model_config[name] = number
     for name, derive in model.own(_OVERRULED).items():
         value = derive(settings)
         if name in fields and value is not None and value != model.value(name):
-            told[name] = value
+            model_config[name] = value
     for name, value in model.own(_CONSTANTS).items():
         if name in fields and name not in settings:
-            told[name] = value
-    for name in sorted(fields.keys() - told.keys() - _TOLD_ELSEWHERE):
+            model_config[name] = value
+    for name in sorted(fields.keys() - model_config.keys() - _HANDLED_ELSEWHERE):
         if settings.get(name) is not None:
             continue
         value = _left_out(model, name, has_output_layer)
         if value is not None and (fields[name].default is UNKNOWN or value != fields[name].default):
-            told[name] = value
-    return told
+            model_config[name] = value
+    return model_config
 
 
-def missing(model: LanguageModel, told: Settings) -> str | None:
+def missing(model: LanguageModel, model_config: Settings) -> str | None:
     """What mlx-lm's class insists on, and the file neither says nor implies."""
     if model.is_nested:
         return None
     for name, field in model.mlx_lm.fields.items():
-        is_left_out = field.is_required and name not in model.settings and name not in told
+        is_left_out = field.is_required and name not in model.settings and name not in model_config
         if name == "text_config" and model.takes_flat_settings:
             continue
         if is_left_out and not ROTARY.fullmatch(name):

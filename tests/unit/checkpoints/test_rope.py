@@ -28,7 +28,7 @@ def read(**settings: Any) -> dict[str, Rope | None]:
     return read_ropes(HERE, LLAMA | settings)[0]
 
 
-def told(**settings: Any) -> RopeSettings:
+def translated(**settings: Any) -> RopeSettings:
     model = LanguageModel.of(LLAMA | settings)
     return translate_ropes(HERE, model, model.settings)
 
@@ -112,66 +112,66 @@ def test_what_cannot_be_computed_is_refused(
     settings: dict[str, Any], message: str, spelling: str
 ) -> None:
     with pytest.raises(PackagingError, match=message):
-        told(**{spelling: settings})
+        translated(**{spelling: settings})
 
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 def test_anything_but_an_object_is_refused(name: str) -> None:
     with pytest.raises(PackagingError, match=f"{name} in config.json is .*, not an object"):
-        told(**{name: ["yarn"]})
+        translated(**{name: ["yarn"]})
 
 
 def test_settings_of_a_type_of_layer_are_an_object() -> None:
     with pytest.raises(PackagingError, match="rope_parameters.full_attention .* not an object"):
-        told(rope_parameters={"full_attention": "yarn"})
+        translated(rope_parameters={"full_attention": "yarn"})
 
 
 def test_who_wins_is_said() -> None:
-    both = told(rope_theta=1e4, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
-    assert both.told["rope_theta"] == 5e5
+    both = translated(rope_theta=1e4, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert both.model_config["rope_theta"] == 5e5
     assert "rope_theta is '10000.0', and within rope_parameters" in both.warnings[0]
-    objects = told(
+    objects = translated(
         rope_theta=1e4,
         rope_scaling={"rope_type": "linear", "factor": 2.0},
         rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
     )
     assert objects.ropes == (Rope(1e4, "linear", settings={"factor": 2.0}),)
     assert any("'rope_theta' is '500000.0': it is '10000.0'" in text for text in objects.warnings)
-    assert not told(rope_theta=1e4, rope_parameters={"rope_theta": 1e4}).warnings
+    assert not translated(rope_theta=1e4, rope_parameters={"rope_theta": 1e4}).warnings
 
 
 def test_names_are_those_that_the_class_reads() -> None:
     new = {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}
-    assert told(**new, model_type="phi").told == {
+    assert translated(**new, model_type="phi").model_config == {
         "rope_theta": 5e5, "partial_rotary_factor": 0.5
     }  # fmt: skip
-    assert told(**new, model_type="gpt_neox").told == {
+    assert translated(**new, model_type="gpt_neox").model_config == {
         "rotary_emb_base": 5e5, "rotary_pct": 0.5
     }  # fmt: skip
-    assert told(rope_theta=5e5).told == {"rope_scaling": None}
+    assert translated(rope_theta=5e5).model_config == {"rope_scaling": None}
 
 
 def test_the_context_ends_where_longrope_has_other_factors() -> None:
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     long = {"rope_type": "longrope", "original_max_position_embeddings": 4096} | factors
-    capped = told(rope_scaling=long)
+    capped = translated(rope_scaling=long)
     assert capped.max_context_tokens == 4096
     assert "up to 4096 tokens are served, not 8192" in capped.warnings[0]
-    same = told(rope_scaling=long | {"short_factor": [2.0] * 8})
+    same = translated(rope_scaling=long | {"short_factor": [2.0] * 8})
     assert same.max_context_tokens is None
     assert not same.warnings
 
 
 def test_dynamic_changes_nothing_in_the_context_and_says_so() -> None:
-    dynamic = told(rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0})
+    dynamic = translated(rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0})
     assert dynamic.ropes == ()
-    assert dynamic.told["rope_scaling"] is None
+    assert dynamic.model_config["rope_scaling"] is None
     assert "max_position_embeddings (8192)" in dynamic.warnings[0]
 
 
 def test_a_class_without_a_rope_to_replace_refuses_what_it_does_not_compute() -> None:
     with pytest.raises(PackagingError, match="rope_type yarn, which mlx-lm does not compute for"):
-        told(model_type="nanochat", rope_parameters=YARN)
+        translated(model_type="nanochat", rope_parameters=YARN)
 
 
 @pytest.mark.parametrize(
