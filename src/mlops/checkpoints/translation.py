@@ -216,8 +216,7 @@ def translate(model: LanguageModel, has_output_layer: bool) -> dict[str, Any]:
         if (number := as_number(settings[name])) != settings[name]:
             model_config[name] = number
     for name, derive in model.own(_OVERRULED).items():
-        value = derive(settings)
-        if name in fields and value is not None and value != model.value(name):
+        if name in fields and (value := derive(settings)) is not None:
             model_config[name] = value
     for name, value in model.own(_CONSTANTS).items():
         if name in fields and name not in settings:
