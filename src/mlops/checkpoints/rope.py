@@ -281,7 +281,7 @@ def head_dim(config: Mapping[str, Any]) -> int | None:
     """How many numbers each head has; None when that does not stand there."""
     given, hidden, heads = map(config.get, ("head_dim", "hidden_size", "num_attention_heads"))
     if given is None and type(hidden) is type(heads) is int and heads > 0:
-        return hidden // heads
+        given = hidden // heads
     return given if type(given) is int and _is_number(given) else None
 
 
