@@ -5,6 +5,9 @@ To add one, append to `COMPUTED`, `CAPPED` or `REFUSED`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from sweep_cases import Case
 
 _SLIDING = ["sliding_attention", "full_attention"]
@@ -48,6 +51,7 @@ CAPPED = (
         )
         for architecture in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
     ),
+    Case("mistral3", "window", {"sliding_window": 32}),
     Case("mistral", "windows_only", {"sliding_window": 32, "layer_types": [_SLIDING[0]] * 2}),
 )
 """mlx-lm has no such window: the context ends with it."""
@@ -79,6 +83,39 @@ REFUSED = {
     ): "layer_types in config.json",
 }
 """mlx-lm computes something else; the words that the refusal has."""
+
+_LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+_GEMMA_3 = {
+    "layer_types": _SLIDING * 2,
+    "sliding_window": 32,
+    "rope_parameters": {
+        "full_attention": _LINEAR,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+
+def _without_parts(config: dict[str, Any]) -> dict[str, Any]:
+    """As Qwen2-VL was published: the text part's settings at the top."""
+    text = config.pop("text_config")
+    return text | config
+
+
+def _without_types(config: dict[str, Any]) -> dict[str, Any]:
+    """As Gemma 3 was published: one in so many layers sees all, and has `rope_scaling`."""
+    text = config.get("text_config", config)
+    for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):
+        text.pop(name, None)
+    text |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2}
+    return config
+
+
+EARLIER: dict[Case, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    Case("qwen2_vl", "default"): _without_parts,
+    Case("gemma3_text", "published", _GEMMA_3): _without_types,
+    Case("gemma3", "published", _GEMMA_3): _without_types,
+}
+"""The same models, as earlier transformers wrote their settings."""
 
 SAMPLE = ("mistral-window", "gemma3_text-no_windows", "llama-hidden_act", "mamba-epsilon")
 """What `make test` runs of all of these."""

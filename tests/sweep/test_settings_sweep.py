@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
-from settings_cases import CAPPED, COMPUTED, REFUSED, SAMPLE
+from settings_cases import CAPPED, COMPUTED, EARLIER, REFUSED, SAMPLE
 from sweep_cases import Case
 from sweep_references import PROMPT, PYTHON, TOLERANCE, Reference, compare, make_references
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Reference]:
     cases = [case for case in CASES if str(case) in SAMPLE]
-    return make_references(cases, tmp_path_factory.mktemp("sample"))
+    return make_references([*cases, *EARLIER], tmp_path_factory.mktemp("sample"))
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -40,6 +41,15 @@ def test_all_settings(tmp_path_factory: pytest.TempPathFactory, subtests: pytest
     for case, reference in references.items():
         with subtests.test(str(case)):
             check(case, reference)
+
+
+def test_settings_as_earlier_versions_wrote_them(sample: dict[Case, Reference]) -> None:
+    for case, reference in ((case, sample[case]) for case in EARLIER):
+        path = reference.folder / "config.json"
+        config = EARLIER[case](json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(config), encoding="utf-8")
+        comparison = compare(load_model(reference.folder), reference)
+        assert comparison.agrees, f"{case}: {comparison}"
 
 
 def check(case: Case, reference: Reference) -> None:

@@ -14,6 +14,15 @@ Only names and headers are read; no weights are loaded and no framework is impor
     peft_patterns   its regular expressions
     other_formats   PyTorch, ONNX, Core ML and MLX function files
     consistency     does config.json describe these tensors
+    settings        does mlx-lm compute what config.json says; asks the eight below
+      language_settings  those of the text part, and what both libraries know of them
+      library_sources    what mlx-lm and transformers read, by their sources
+      setting_values     values that are not possible
+      translation        what mlx-lm is told of settings with another name, or none
+      attention_windows  layers with a sliding window
+      rope               rotary embeddings, in all their spellings
+      rope_settings      what mlx-lm is told of them, and what is left to the engine
+      uncomputed         settings that mlx-lm does not compute
     quantization    how weights are quantized, and whether mlx-lm computes with them
     architectures   which architectures the installed mlx-lm has
     pooling         how a model made for embeddings gives them

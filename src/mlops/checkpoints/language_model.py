@@ -22,7 +22,6 @@ from mlops.checkpoints.settings import honour_settings
 from mlops.checkpoints.stand_ins import refuse_stand_ins, refuse_unfinished
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.checkpoints.tokenizer_files import has_vocabulary
-from mlops.checkpoints.translation import translate
 from mlops.checkpoints.weight_files import (
     check_against_index,
     choose_weight_files,
@@ -68,9 +67,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
-    translation = translate(path, config)
-    told = {**quantization.model_config, **translation.model_config}
-    honoured = honour_settings(path, {**config, **told}, tensors)
+    honoured = honour_settings(path, {**config, **quantization.model_config}, tensors)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
     has_tokenizer = has_vocabulary(files)
@@ -94,12 +91,11 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         pooling=read_pooling(config, files),
         is_headless=is_headless,
         files=weights.with_index,
-        model_config={**told, **honoured.model_config},
-        ropes=translation.ropes,
+        model_config={**quantization.model_config, **honoured.model_config},
+        ropes=honoured.ropes,
         warnings=(
             *weights.warnings,
             *quantization.warnings,
-            *translation.warnings,
             *honoured.warnings,
         ),
     )

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlops.checkpoints import architectures
 from mlops.checkpoints.checkpoint import TensorInfo
 from mlops.checkpoints.files import CheckpointFile, read_json
+from mlops.checkpoints.library_sources import mlx_lm_mentions
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import MLX_BITS, MLX_GROUP_SIZES, WeightShapes
 
@@ -256,7 +256,7 @@ def _fp8_problem(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str 
     block = settings.get("weight_block_size")
     if settings.get("scale_fmt") == "ue8m0" and block == [32, 32]:
         return None  # MLX's own mxfp8
-    if not architectures.source_mentions(config, "from_fp8"):
+    if not mlx_lm_mentions(config, "from_fp8"):
         return f"mlx-lm does not dequantize it for {config['model_type']}"
     if block not in (None, [128, 128]):
         return f"mlx-lm dequantizes blocks of 128 by 128 weights, not {str(block)[:80]}"
@@ -270,7 +270,7 @@ def _compressed_tensors_problem(
     known = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
     if kind not in known:
         return f"mlx-lm knows {', '.join(known)} of it, not {str(kind)[:80]}"
-    if not architectures.source_mentions(config, "weight_packed"):
+    if not mlx_lm_mentions(config, "weight_packed"):
         return f"mlx-lm does not read {kind} weights for {config['model_type']}"
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -292,7 +292,7 @@ def _modelopt_problem(settings: Mapping[str, Any], config: Mapping[str, Any]) ->
         return f"mlx-lm knows NVFP4 of it, not {str(algorithm)[:80]}"
     if settings.get("quant_method") is None:
         return f"mlx-lm does not read {HF_QUANT_CONFIG} without quant_method"
-    if not architectures.source_mentions(config, "weight_scale_2"):
+    if not mlx_lm_mentions(config, "weight_scale_2"):
         return f"mlx-lm does not read NVFP4 weights for {config['model_type']}"
     return None
 

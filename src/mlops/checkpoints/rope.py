@@ -242,11 +242,13 @@ def _completed(path: Path, config: Mapping[str, Any], rope: Rope) -> Rope:
     """With all that its type needs, or `PackagingError`."""
     settings = {name: value for name, value in rope.settings.items() if value is not None}
     whole = config.get("max_position_embeddings")
+    if whole is not None and not _is_number(whole):
+        raise _bad(path, "max_position_embeddings", whole, "a possible number")
     if rope.type in {"llama3", "yarn", "longrope"}:
         length = config.get("original_max_position_embeddings")
         length = length or settings.get("original_max_position_embeddings") or whole
         settings["original_max_position_embeddings"] = length
-        if type(length) is not int or length < 2:
+        if type(length) is not int or length < 2 or not _is_number(length):
             raise _bad(path, "original_max_position_embeddings", length, "a positive number")
         if rope.type != "llama3" and "factor" not in settings and type(whole) is int:
             settings["factor"] = whole / length
@@ -275,16 +277,19 @@ def _completed(path: Path, config: Mapping[str, Any], rope: Rope) -> Rope:
     return replace(rope, settings=settings)
 
 
+def head_dim(config: Mapping[str, Any]) -> int | None:
+    """How many numbers each head has; None when that does not stand there."""
+    given, hidden, heads = map(config.get, ("head_dim", "hidden_size", "num_attention_heads"))
+    if given is None and type(hidden) is type(heads) is int and heads > 0:
+        given = hidden // heads
+    return given if type(given) is int and _is_number(given) else None
+
+
 def rotated_dims(config: Mapping[str, Any], partial: float) -> int | None:
     """How many numbers of each head are rotated; None when that does not stand there."""
-    dims = config.get("qk_rope_head_dim")
-    if dims is None:
-        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-        dims = config.get("head_dim")
-        if dims is None and type(hidden) is int and type(heads) is int and heads > 0:
-            dims = hidden // heads
-        dims = int(dims * partial) if type(dims) is int else None
-    return dims if type(dims) is int else None
+    if (dims := config.get("qk_rope_head_dim")) is not None:
+        return dims if type(dims) is int else None
+    return None if (dims := head_dim(config)) is None else int(dims * partial)
 
 
 def _check_factors(path: Path, name: str, value: Any, dims: int | None) -> None:

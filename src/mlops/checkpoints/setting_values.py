@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +21,7 @@ _POSITIVE = re.compile(
 _COUNT = re.compile(r"(num|n)_.*|.*_(size|dim|rank|layers|heads|groups|kernel)")
 _FACTOR = re.compile(r".*(_multiplier|_scale|_scaling|_factor|softcapping|_scalar|_alpha|_beta)")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_GROUPS = ("n_group", "num_expert_group")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -70,9 +71,8 @@ def _wanted(
 def _wanted_number(name: str, value: float) -> str | None:
     if _EPSILON.fullmatch(name):
         return None if 0 <= value < 1 else "a number from 0 to 1"
-    is_possible = value.bit_length() < 64 if isinstance(value, int) else math.isfinite(value)
-    if not is_possible:
-        return "a finite number of at most 63 bits"
+    if not abs(value) <= sys.float_info.max:  # NaN too
+        return "a finite number"
     if _POSITIVE.fullmatch(name) and value <= 0:
         return "a positive number"
     if _COUNT.fullmatch(name) and not 0 <= value <= LARGEST_COUNT:
@@ -98,7 +98,7 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
             f"num_attention_heads is {heads} in config.json, not a multiple of "
             f"num_key_value_heads, which is {shared}"
         )
-    groups, top = first("n_group")[1], first("topk_group")[1]
+    groups, top = first(*_GROUPS)[1], first("topk_group")[1]
     if groups and top > groups:
         yield f"topk_group is {top} in config.json, and n_group only {groups}"
     if groups and num_experts % groups:

@@ -1,73 +1,229 @@
-"""What mlx-lm is told in place of what `config.json` says: the same, by the names that it reads.
+"""What mlx-lm is told of settings that have another name in `config.json`, or none.
 
-transformers has renamed settings, and moved some into others. mlx-lm's class for an architecture
-reads what it knows and ignores the rest in silence. What it reads is taken from its source
-(`architectures`), so there is one rule for all, and short tables for what no rule gives.
-
-What mlx-lm's class cannot be told, but its attention can be given, is left to `engine.rope`; what
-is neither is refused here.
+transformers has renamed settings, moved some into others, and leaves out what is its default. What
+mlx-lm's class reads is taken from its source (`library_sources`), so there is one rule for all, and
+short tables for what no rule gives. They go by `model_type`, or by mlx-lm's module.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlops.checkpoints.architectures import ModelClass, find_model_class
-from mlops.checkpoints.checkpoint import CONTEXT_TOKENS
+from mlops.checkpoints.language_settings import ROTARY, WINDOWS, LanguageModel, as_number
+from mlops.checkpoints.library_sources import UNKNOWN
 from mlops.checkpoints.refusal import refusal
-from mlops.checkpoints.rope import EVERY_LAYER, TYPES, Rope, read_ropes, rotated_dims
+from mlops.checkpoints.rope import head_dim
 
-_ONLY_MLX_LM = frozenset({"deepseek_yarn", "telechat3-yarn"})
-"""Types of rotary embedding that mlx-lm computes and transformers does not have."""
+Settings = Mapping[str, Any]
+Derive = Callable[[Settings], Any]
 
 _SAME: tuple[tuple[str, ...], ...] = (
+    # Experts: Qwen's and Mixtral's names, DeepSeek's, ERNIE's.
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    ("n_ctx", "n_positions", "max_position_embeddings", "model_max_length"),
+    ("n_shared_experts", "num_shared_experts"),
     ("num_experts_per_tok", "num_experts_per_token"),
     ("n_group", "num_expert_group"),
-    ("n_shared_experts", "num_shared_experts"),
     ("norm_topk_prob", "moe_renormalize"),
+    # Length of the context: GPT-2's names, everybody's, Kimi's.
+    ("n_ctx", "n_positions", "max_position_embeddings", "model_max_length"),
+    # LFM2's width of a layer.
     ("block_dim", "hidden_size"),
 )
 """Names of one setting: where mlx-lm reads one that is not there, another's value is taken."""
 
-_PARTIAL_NAMES = frozenset({"partial_rotary_factor", "rotary_pct", "rotary_dim"})
+_HANDLED_ELSEWHERE = {"model_type", "text_config"} | (WINDOWS - {"sliding_window"})
 
-_FIXED: dict[str, dict[str, Any]] = {
+_CONSTANTS: dict[str, dict[str, Any]] = {
+    # No biases; norms before attention, and of queries and keys.
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    # mlx-lm's class caps logits, and has inputs for each layer, where the file says nothing.
     "gemma4_text": {"final_logit_softcapping": None},
     "gemma4_unified_text": {"final_logit_softcapping": None, "hidden_size_per_layer_input": 0},
+    # It chooses experts as DeepSeek-V3 does, in every layer that has them.
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
-    "mimo_v2_flash": {"n_shared_experts": None},
-    "qwen3_vl_moe_text": {"norm_topk_prob": True},
-    "minimax_m2": {"shared_intermediate_size": 0},
+    # It has no rotary embedding, and mlx-lm's class asks for a number of one.
     "kimi_linear": {"rope_theta": 10_000.0},
+    # It has one kind of attention, and experts that pass on what they get.
     "longcat_flash": {
         "attention_method": "MLA",
         "zero_expert_type": "identity",
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
     },
+    # It has no shared expert; it scores as DeepSeek-V3 does, and windows alone have sinks.
+    "mimo_v2_flash": {
+        "n_shared_experts": None,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+    },
+    # It has no shared expert.
+    "minimax": {"shared_intermediate_size": 0},
+    # Its text configuration has no such setting, unlike qwen3_moe's.
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
+    # All of its layers have experts: there is no other feed-forward layer to have a width.
     "solar_open": {"intermediate_size": 0, "first_k_dense_replace": 0},
 }
-"""What transformers does where the file says nothing, and mlx-lm's class wants to be told."""
+"""What transformers always does, without a setting, and mlx-lm's class wants to be told."""
+
+
+def _linear_attention(settings: Settings) -> dict[str, Any] | None:
+    kinds = settings.get("layer_types")
+    if not isinstance(kinds, list):
+        return None
+    linear = [number for number, kind in enumerate(kinds, 1) if kind == "linear_attention"]
+    return {
+        "head_dim": settings.get("linear_head_dim"),
+        "num_heads": settings.get("linear_num_heads"),
+        "short_conv_kernel_size": settings.get("linear_conv_kernel_dim"),
+        "kda_layers": linear,
+        "full_attn_layers": [n for n in range(1, len(kinds) + 1) if n not in linear],
+    }
+
+
+def _mamba_width(settings: Settings) -> int | None:
+    hidden, expand = settings.get("hidden_size"), settings.get("expand", 2)
+    return hidden * expand if type(hidden) is type(expand) is int else None
+
+
+def _sparse_layers(settings: Settings) -> list[bool] | None:
+    kinds = settings.get("mlp_layer_types")
+    return [kind == "sparse" for kind in kinds] if isinstance(kinds, list) else None
+
+
+def _is_each(name: str, kind: str) -> Derive:
+    """For each layer whether it is of this kind, as 0 and 1."""
+
+    def derive(settings: Settings) -> list[int] | None:
+        kinds = settings.get(name)
+        return [int(each == kind) for each in kinds] if isinstance(kinds, list) else None
+
+    return derive
+
+
+def _same_as(name: str) -> Derive:
+    return lambda settings: settings.get(name)
+
+
+def _twice_the_shared_heads(settings: Settings) -> int | None:
+    heads = settings.get("num_key_value_heads")
+    return 2 * heads if type(heads) is int else None
+
+
+def _inner_width(settings: Settings) -> int | None:
+    width = settings.get("n_embd")
+    return 4 * width if type(width) is int else None
+
+
+_DERIVED: dict[str, dict[str, Derive]] = {
+    "exaone_moe": {"is_moe_layer": _sparse_layers},
+    "gpt_bigcode": {"n_inner": _inner_width},
+    "kimi_linear": {"linear_attn_config": _linear_attention},
+    "mamba": {"intermediate_size": _mamba_width},
+    # Read by no line of the model.
+    "mamba2": {"intermediate_size": _mamba_width},
+    # Other names for the kinds of layers, and what layers with a window have to themselves.
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": _is_each("layer_types", "sliding_attention"),
+        "moe_layer_freq": _is_each("mlp_layer_types", "sparse"),
+        "layernorm_epsilon": _same_as("rms_norm_eps"),
+        "swa_head_dim": _same_as("head_dim"),
+        "swa_v_head_dim": _same_as("v_head_dim"),
+        "swa_num_attention_heads": _same_as("num_attention_heads"),
+        "swa_num_key_value_heads": _twice_the_shared_heads,
+    },
+}
+"""Settings that mlx-lm's class needs and transformers doesn't write: they follow from others."""
+
+
+def _layer_types(names: Mapping[str, str]) -> Derive:
+    """The types of layers, by the names that mlx-lm has for them."""
+
+    def derive(settings: Settings) -> list[str] | None:
+        given = settings.get("layers_block_type") or settings.get("layer_types")
+        if isinstance(given, list) and all(isinstance(entry, str) for entry in given):
+            return [names.get(entry, entry) for entry in given]
+        return None
+
+    return derive
+
+
+def _of_full_layers(name: str) -> Derive:
+    """A setting that full layers have to themselves, of what transformers 5 writes by layer."""
+
+    def derive(settings: Settings) -> Any:
+        layers = settings.get("per_layer_config")
+        own = list(layers.values()) if isinstance(layers, dict) else []
+        return own[0].get(name) if own and all(isinstance(layer, dict) for layer in own) else None
+
+    return derive
+
+
+def _factor(settings: Settings, name: str) -> float:
+    value = settings.get(name, 1.0)
+    return float(value) if isinstance(value, int | float) and value > 0 else 1.0
+
+
+def _queries_and_keys(settings: Settings) -> float:
+    keys = math.sqrt(_factor(settings, "key_multiplier"))
+    return _factor(settings, "attention_in_multiplier") * keys
+
+
+def _values(settings: Settings) -> float:
+    inside = _factor(settings, "attention_in_multiplier")
+    return _factor(settings, "attention_out_multiplier") * inside
+
+
+def _last_layer(settings: Settings) -> Any:
+    """-1, the default of transformers, is the last: in mlx-lm, none."""
+    given = settings.get("moe_layer_end_index")
+    return (settings.get("num_hidden_layers") or 0) - 1 if given in (None, -1) else given
+
+
+def _window_with_query(settings: Settings) -> int | None:
+    """As mlx-lm counts it: the token that asks is one of those it sees. As released, it is not."""
+    size = settings.get("sliding_window_size")
+    return size + 1 if type(size) is int else settings.get("sliding_window")
+
+
+def _time_step_limit(settings: Settings) -> list[float] | None:
+    lowest = settings.get("time_step_min")
+    return [lowest, float("inf")] if isinstance(lowest, float) else None
+
 
 _HYBRID = {"linear_attention": "mamba", "full_attention": "attention"}
-_LAYER_TYPES: dict[str, tuple[str, dict[str, str]]] = {
-    "granitemoehybrid": ("layer_types", _HYBRID),
-    "jamba": ("layers_block_type", _HYBRID),
-    "recurrent_gemma": (
-        "block_types",
-        {"linear_attention": "recurrent", "sliding_attention": "attention"},
-    ),
+_RECURRENT = {"linear_attention": "recurrent", "sliding_attention": "attention"}
+_OF_FULL_LAYERS: dict[str, Derive] = {
+    "global_head_dim": _of_full_layers("head_dim"),
+    "num_global_key_value_heads": _of_full_layers("num_key_value_heads"),
 }
-"""Where mlx-lm reads the types of layers, and the names that it has for them."""
+_OVERRULED: dict[str, dict[str, Derive]] = {
+    "ernie4_5_moe": {"moe_layer_end_index": _last_layer},
+    # mlx-lm scales queries and keys by attention_in_multiplier, values not, and leaves
+    # key_multiplier out.
+    "falcon_h1": {
+        "attention_in_multiplier": _queries_and_keys,
+        "attention_out_multiplier": _values,
+    },
+    # Full layers have other heads, which transformers 5 writes layer by layer.
+    "gemma4_text": _OF_FULL_LAYERS,
+    "gemma4_unified_text": _OF_FULL_LAYERS,
+    # mlx-lm has other names for the types of layers.
+    "granitemoehybrid": {"layer_types": _layer_types(_HYBRID)},
+    "jamba": {"layers_block_type": _layer_types(_HYBRID)},
+    "recurrent_gemma": {"block_types": _layer_types(_RECURRENT)},
+    "mimo_v2_flash": {"sliding_window_size": _window_with_query},
+    # transformers only looks at the lower bound.
+    "nemotron_h": {"time_step_limit": _time_step_limit},
+}
+"""Settings that follow from others, whatever the file says of them."""
 
 
-def _has_linear_attention(config: Mapping[str, Any]) -> bool:
+def _has_linear_attention(config: Settings) -> bool:
     """By the names of transformers, or by those of the released configuration, where 0 stands for
     linear."""
     for name, linear in (("layer_types", "linear_attention"), ("attn_type_list", 0)):
@@ -93,309 +249,106 @@ _OTHERWISE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
 }
 """Which models mlx-lm's class does not compute as transformers does, and what it does instead."""
 
-_NO_SCALING: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"type": "yarn", "factor": 1.0},
-    "minicpm3": {"type": "longrope", "short_factor": 1.0, "long_factor": 1.0},
-}
-"""A `rope_scaling` that changes nothing, for classes that insist on one."""
 
-
-@dataclass(frozen=True)
-class Translation:
-    """What is to be served beside what `config.json` says.
-
-    Attributes:
-        model_config: settings for mlx-lm, which replace those of the same name.
-        ropes: the rotary embeddings that the engine has to set itself, of each layer, or one for
-            all; None for a layer that keeps its own. Empty: mlx-lm's are right.
-        warnings: sentences for the user.
-    """
-
-    model_config: Mapping[str, Any]
-    ropes: tuple[Rope | None, ...]
-    warnings: tuple[str, ...]
-
-
-def translate(path: Path, config: Mapping[str, Any]) -> Translation:
-    """Work out what mlx-lm has to be told of a `config.json`.
-
-    Raises:
-        PackagingError: a setting is malformed, or is one that mlx-lm's class does not compute.
-    """
-    kind = find_model_class(config)
-    text = config.get("text_config")
-    if not isinstance(text, dict) or kind is None:
-        return _translate(path, config, kind)
-    part = find_model_class(text)
-    # Of the whole model, whether its output layer is its embedding stands at the top.
-    tie = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
-    uses_part = part is not None and part.modules <= kind.modules
-    inner = _translate(path, text | tie, part if uses_part else kind)
-    model_config = dict(inner.model_config)
-    outer = {CONTEXT_TOKENS: model_config.pop(CONTEXT_TOKENS, None)}
-    outer["text_config"] = {**text, **tie, **model_config}
-    if "vocab_size" not in config and "vocab_size" in kind.settings:
-        outer["vocab_size"] = text.get("vocab_size")
-    given = {name: value for name, value in outer.items() if value is not None}
-    return Translation(given, inner.ropes, inner.warnings)
-
-
-def _translate(path: Path, config: Mapping[str, Any], kind: ModelClass | None) -> Translation:
-    if kind is None:
-        return Translation({}, (), ())
-    _refuse_otherwise(path, config)
-    _refuse_irregular_layers(path, config, kind)
-    ropes, warnings = read_ropes(path, config)
-    _check_types(path, config, ropes, kind)
-    wanted = _renamed(config, kind)
-    if ropes:
-        wanted |= _rope_settings(config, ropes, kind)
-    model_config = {
-        name: value
-        for name, value in wanted.items()
-        if name in kind.settings and (name not in config or config[name] != value)
-    }
-    longest = _longest(config, ropes, warnings)
-    if longest is not None:
-        model_config[CONTEXT_TOKENS] = longest
-    return Translation(model_config, _left_to_engine(path, config, ropes, kind), tuple(warnings))
-
-
-def _renamed(config: Mapping[str, Any], kind: ModelClass) -> dict[str, Any]:
-    """Settings that have another name in the file, or that follow from others in it."""
-    fixed = _FIXED.get(str(config.get("model_type")), {})
-    renamed = {name: value for name, value in fixed.items() if name not in config}
-    for names in _SAME:
-        value = next((config[name] for name in names if config.get(name) is not None), None)
-        renamed |= {name: value for name in names if value is not None and name not in config}
-    name, types = _LAYER_TYPES.get(str(config.get("model_type")), ("", {}))
-    given = config.get("layers_block_type") or config.get("layer_types")
-    if isinstance(given, list) and all(isinstance(entry, str) for entry in given):
-        renamed[name] = [types.get(entry, entry) for entry in given]
-    required = kind.required | ({"head_dim"} if config.get("model_type") == "falcon_h1" else set())
-    missing = {name for name in required if config.get(name) is None}
-    for name, derive in (_DERIVED | _FOLLOWS).items():
-        value = derive(config) if name in missing or name in _FOLLOWS else None
-        if value is not None:
-            renamed[name] = value
-    if "sliding_window_pattern" in kind.required and config.get("sliding_window") is None:
-        renamed["sliding_window_pattern"] = None
-    return renamed
-
-
-def _head_dim(config: Mapping[str, Any]) -> int | None:
-    given, hidden, heads = map(config.get, ("head_dim", "hidden_size", "num_attention_heads"))
-    return given or (hidden // heads if type(hidden) is type(heads) is int and heads else None)
-
-
-def _sliding_window_pattern(config: Mapping[str, Any]) -> int | str | None:
-    """Of `layer_types`: every how many layers there is one that is full."""
-    layers = config.get("layer_types")
-    if not isinstance(layers, list) or "full_attention" not in layers:
-        return None
-    if config.get("model_type") in {"exaone4", "exaone_moe"}:
-        return "".join("L" if name == "sliding_attention" else "G" for name in layers)
-    return layers.index("full_attention") + 1
-
-
-def _refuse_irregular_layers(path: Path, config: Mapping[str, Any], kind: ModelClass) -> None:
-    """Some classes only know that every so many layers there is one that is full."""
-    layers, pattern = config.get("layer_types"), _sliding_window_pattern(config)
-    knows_each = "layer_types" in kind.settings or "sliding_window_pattern" not in kind.settings
-    if knows_each or not isinstance(layers, list) or isinstance(pattern, str):
-        return
-    for number, name in enumerate(layers, 1):
-        if pattern is None or (number % pattern == 0) != (name == "full_attention"):
-            raise refusal(
-                f"layer_types in config.json of {path} do not repeat sliding layers and one full "
-                f"layer, which is all that mlx-lm computes for {config.get('model_type')}; serve "
-                "it with transformers",
-                path,
-                setting="layer_types",
-            )
-
-
-def _is_moe_layer(config: Mapping[str, Any]) -> list[bool] | None:
-    layers = config.get("mlp_layer_types")
-    return [name == "sparse" for name in layers] if isinstance(layers, list) else None
-
-
-def _mamba_width(config: Mapping[str, Any]) -> int | None:
-    """Of mamba2, whose `intermediate_size` mlx-lm wants to be told."""
-    hidden, expand = config.get("hidden_size"), config.get("expand")
-    return hidden * expand if type(hidden) is type(expand) is int else None
-
-
-def _time_step_limit(config: Mapping[str, Any]) -> list[Any] | None:
-    """Of nemotron_h: transformers only looks at the lower bound."""
-    lowest = config.get("time_step_min")
-    is_read = config.get("model_type") == "nemotron_h" and isinstance(lowest, float)
-    return [lowest, float("inf")] if is_read else None
-
-
-def _of_full_layers(name: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A setting that full layers have to themselves, of what transformers 5 writes by layer."""
-
-    def derive(config: Mapping[str, Any]) -> Any:
-        layers = config.get("per_layer_config")
-        own = list(layers.values()) if isinstance(layers, dict) else []
-        return own[0].get(name) if own and all(isinstance(layer, dict) for layer in own) else None
-
-    return derive
-
-
-_DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "head_dim": _head_dim,
-    "intermediate_size": _mamba_width,
-    "is_moe_layer": _is_moe_layer,
-}
-"""Settings that mlx-lm requires and transformers doesn't write: they follow from others."""
-
-_FOLLOWS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "global_head_dim": _of_full_layers("head_dim"),
-    "num_global_key_value_heads": _of_full_layers("num_key_value_heads"),
-    "sliding_window_pattern": _sliding_window_pattern,
-    "time_step_limit": _time_step_limit,
-}
-"""Settings that transformers 5 overrules by others."""
-
-
-def _refuse_otherwise(path: Path, config: Mapping[str, Any]) -> None:
-    applies, reason = _OTHERWISE.get(str(config.get("model_type")), (lambda _: False, ""))
-    if applies(config):
+def refuse_otherwise(path: Path, settings: Settings) -> None:
+    """Raise `PackagingError` for a model that mlx-lm's class computes otherwise."""
+    applies, reason = _OTHERWISE.get(str(settings.get("model_type")), (lambda _: False, ""))
+    if applies(settings):
         raise refusal(
-            f"{path} cannot be served: mlx-lm's class for {config.get('model_type')} {reason}; "
+            f"{path} cannot be served: mlx-lm's class for {settings.get('model_type')} {reason}; "
             "serve it with transformers",
             path,
-            architecture=config.get("model_type"),
+            architecture=settings.get("model_type"),
         )
 
 
-def _rope_settings(
-    config: Mapping[str, Any], ropes: Mapping[str, Rope | None], kind: ModelClass
-) -> dict[str, Any]:
-    """The rotary embedding by all names that mlx-lm's classes have for it."""
-    given = [rope for rope in ropes.values() if rope is not None]
-    if not given:
-        return {}
-    rope = ropes.get("full_attention") or given[0]
-    sliding = ropes.get("sliding_attention") or rope
-    settings: dict[str, Any] = {
-        "rope_theta": rope.theta,
-        "rotary_emb_base": rope.theta,
-        "rope_local_base_freq": sliding.theta,
-        "swa_rope_theta": sliding.theta,
-        "partial_rotary_factor": rope.partial,
-        "rotary_pct": rope.partial,
-        "rope_scaling": _rope_scaling(config, rope, kind),
-        "rope_parameters": rope.as_parameters,
-    }
-    if EVERY_LAYER not in ropes:
-        settings["rope_parameters"] = {
-            name: entry and entry.as_parameters for name, entry in ropes.items()
-        }
-    head_dim = _head_dim(config)
-    if type(head_dim) is int:
-        settings["rotary_dim"] = int(head_dim * rope.partial)
-    return settings
+def translate(model: LanguageModel, has_output_layer: bool) -> dict[str, Any]:
+    """Settings for mlx-lm, which replace those of the same name.
 
+    Rotary embeddings and windows are not among them.
 
-def _rope_scaling(config: Mapping[str, Any], rope: Rope, kind: ModelClass) -> dict[str, Any] | None:
-    """What the class is to know of the rope's type: nothing, where the engine sets the rope."""
-    settings = rope.as_parameters
-    has_alpha = "alpha" in kind.reads and settings.get("alpha") is not None
-    scales_attention = "mscale_all_dim" in kind.reads and rope.settings.get("mscale_all_dim")
-    if has_alpha or rope.type in _ONLY_MLX_LM or (rope.type != "default" and scales_attention):
-        return settings
-    none = _NO_SCALING.get(str(config.get("model_type")))
-    length = {"original_max_position_embeddings": config.get("max_position_embeddings")}
-    return {**none, **length} if none else None
-
-
-def _left_to_engine(
-    path: Path, config: Mapping[str, Any], ropes: Mapping[str, Rope | None], kind: ModelClass
-) -> tuple[Rope | None, ...]:
-    """The ropes that mlx-lm's class would not compute as they are meant; () when it does."""
-    unsaid = [reason for rope in ropes.values() if rope for reason in _unsaid(config, rope, kind)]
-    if len(ropes) > 1 and not kind.settings & {"rope_parameters", "rope_local_base_freq"}:
-        unsaid.append("a rotary embedding for each type of layer")
-    if not unsaid:
-        return ()
-    if not kind.has_rope:
-        raise refusal(
-            f"config.json of {path} asks for {unsaid[0]}, which mlx-lm does not compute for "
-            f"{config.get('model_type')}; serve it with transformers",
-            path,
-            architecture=config.get("model_type"),
-        )
-    if not kind.reads & _PARTIAL_NAMES:
-        ropes = {name: rope and _with_dims(rope, config) for name, rope in ropes.items()}
-    if EVERY_LAYER in ropes:
-        return tuple(ropes.values())
-    layers = config.get("layer_types")
-    if not isinstance(layers, list) or not all(name in ropes for name in layers):
-        raise refusal(
-            f"rope_parameters in config.json of {path} are for {', '.join(ropes)[:200]}, but its "
-            "layer_types are not; use the config.json that was saved with the weights",
-            path,
-            setting="layer_types",
-        )
-    return tuple(ropes[name] for name in layers)
-
-
-def _unsaid(config: Mapping[str, Any], rope: Rope, kind: ModelClass) -> list[str]:
-    """What of a rope mlx-lm's class would not know or not compute, in words."""
-    unsaid = []
-    if rope.type not in {"default", "dynamic"} | _ONLY_MLX_LM:
-        unsaid.append(f"the rope_type {rope.type}")
-    if rope.theta != 10_000 and not kind.reads & {"rope_theta", "rotary_emb_base"}:
-        unsaid.append(f"rope_theta {rope.theta}")
-    is_partial = rope.partial != 1 and "qk_rope_head_dim" not in config
-    if is_partial and not kind.reads & _PARTIAL_NAMES:
-        unsaid.append(f"partial_rotary_factor {rope.partial}")
-    return unsaid
-
-
-def _with_dims(rope: Rope, config: Mapping[str, Any]) -> Rope:
-    if rope.type == "proportional" or rope.partial == 1:
-        return rope
-    return replace(rope, dims=rotated_dims(config, rope.partial))
-
-
-def _check_types(
-    path: Path, config: Mapping[str, Any], ropes: Mapping[str, Rope | None], kind: ModelClass
-) -> None:
-    known = TYPES | (_ONLY_MLX_LM if "rope_scaling" in kind.reads else frozenset())
-    for rope in ropes.values():
-        if rope is not None and rope.type not in known:
-            raise refusal(
-                f"the rope_type {rope.type[:80]!r} in config.json of {path} is unknown for "
-                f"{config.get('model_type')}; known are {', '.join(sorted(TYPES))}",
-                path,
-                setting="rope_type",
-            )
-
-
-def _longest(
-    config: Mapping[str, Any], ropes: Mapping[str, Rope | None], warnings: list[str]
-) -> int | None:
-    """The most tokens that are computed as they were trained, where that is less than all."""
-    lengths = []
-    whole = config.get("max_position_embeddings")
-    for rope in filter(None, ropes.values()):
-        if rope.type == "dynamic" and "alpha" not in rope.settings:
-            warnings.append(
-                "dynamic rotary embeddings only change what is longer than "
-                f"max_position_embeddings ({whole}), which is the longest that is served"
-            )
-        if rope.type != "longrope" or rope.settings["short_factor"] == rope.settings["long_factor"]:
+    Args:
+        has_output_layer: there are tensors of one.
+    """
+    settings, fields = model.settings, model.mlx_lm.fields
+    model_config: dict[str, Any] = {}
+    for name in model.mlx_lm.used & settings.keys():
+        if (number := as_number(settings[name])) != settings[name]:
+            model_config[name] = number
+    for name, derive in model.own(_OVERRULED).items():
+        if name in fields and (value := derive(settings)) is not None:
+            model_config[name] = value
+    for name, value in model.own(_CONSTANTS).items():
+        if name in fields and name not in settings:
+            model_config[name] = value
+    for name in sorted(fields.keys() - model_config.keys() - _HANDLED_ELSEWHERE):
+        if settings.get(name) is not None:
             continue
-        length = int(rope.settings["original_max_position_embeddings"])
-        if type(whole) is not int or length < whole:
-            lengths.append(length)
-            warnings.append(
-                f"up to {length} tokens are served, not {whole}: past them LongRoPE has other "
-                "factors, and would have to compute the whole text anew; for long texts alone, "
-                "write long_factor's numbers into short_factor"
+        value = _left_out(model, name, has_output_layer)
+        if value is not None and (fields[name].default is UNKNOWN or value != fields[name].default):
+            model_config[name] = value
+    return model_config
+
+
+def missing(model: LanguageModel, model_config: Settings) -> str | None:
+    """What mlx-lm's class insists on, and the file neither says nor implies."""
+    if model.is_nested:
+        return None
+    for name, field in model.mlx_lm.fields.items():
+        is_left_out = field.is_required and name not in model.settings and name not in model_config
+        if name == "text_config" and model.takes_flat_settings:
+            continue
+        if is_left_out and not ROTARY.fullmatch(name):
+            return (
+                f"config.json does not set {name}, which mlx-lm needs for {model.name}; "
+                "use the config.json that was saved with the weights"
             )
-    return min(lengths, default=None)
+    return None
+
+
+def _left_out(model: LanguageModel, name: str, has_output_layer: bool) -> Any:
+    """The value of a setting that the file does not have, or has as null."""
+    if name == "tie_word_embeddings":
+        return _is_tied(model, has_output_layer)
+    found = _by_another_name(model, name)
+    if found is not None or ROTARY.fullmatch(name):
+        return found
+    if model.transformers and name not in model.settings:
+        found = model.transformers.default(name)
+    return _derived(model, name) if found is None else found
+
+
+def _is_tied(model: LanguageModel, has_output_layer: bool) -> bool:
+    given = model.config.get("tie_word_embeddings")
+    if isinstance(given, bool):
+        return given
+    known = model.transformers
+    return bool(known and known.default("tie_word_embeddings")) or not has_output_layer
+
+
+def _by_another_name(model: LanguageModel, name: str) -> Any:
+    aliases = model.transformers.aliases.items() if model.transformers else ()
+    # A null may be meant, as in `num_shared_experts`; not where transformers has both as one.
+    same = _SAME if name not in model.settings else ()
+    for names in (*same, *aliases):
+        given = (model.settings[each] for each in names if model.settings.get(each) is not None)
+        if name in names and (value := next(given, None)) is not None:
+            return value
+    return None
+
+
+def _derived(model: LanguageModel, name: str) -> Any:
+    """What follows from other settings."""
+    settings, default = model.settings, model.mlx_lm.fields[name].default
+    if derive := model.own(_DERIVED).get(name):
+        return derive(settings)
+    if name == "num_key_value_heads" and (default is not None or name in settings):
+        return settings.get("num_attention_heads")
+    if name == "head_dim" and (default is not None or name in settings):
+        return head_dim(settings)
+    if name.endswith("_bias") and default is UNKNOWN and model.transformers:
+        return False if name not in model.transformers.fields else None
+    layers = settings.get("mlp_layer_types")
+    if name == "first_k_dense_replace" and isinstance(layers, list):
+        return next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
+    return None

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from mlops.checkpoints.language_settings import LanguageModel
 from mlops.checkpoints.rope import EVERY_LAYER, Rope, frequencies, read_ropes
-from mlops.checkpoints.translation import CONTEXT_TOKENS, Translation, translate
+from mlops.checkpoints.rope_settings import RopeSettings, translate_ropes
+from mlops.checkpoints.translation import refuse_otherwise
 from mlops.errors import PackagingError
 
 HERE = Path("model")
@@ -26,8 +28,9 @@ def read(**settings: Any) -> dict[str, Rope | None]:
     return read_ropes(HERE, LLAMA | settings)[0]
 
 
-def told(**settings: Any) -> Translation:
-    return translate(HERE, LLAMA | settings)
+def translated(**settings: Any) -> RopeSettings:
+    model = LanguageModel.of(LLAMA | settings)
+    return translate_ropes(HERE, model, model.settings)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,7 @@ def test_layers_of_gemma_3_differ_in_both_spellings() -> None:
         (YARN | {"factor": 0}, "factor"),
         (YARN | {"factor": "4"}, "factor"),
         (YARN | {"factor": None, "original_max_position_embeddings": "8"}, "original_max"),
+        (YARN | {"original_max_position_embeddings": 10**400}, "original_max"),
         (YARN | {"rope_theta": 0.5}, "rope_theta"),
         (YARN | {"beta_fast": -1}, "beta_fast"),
         (YARN | {"mscale": "1"}, "mscale"),
@@ -108,66 +112,58 @@ def test_what_cannot_be_computed_is_refused(
     settings: dict[str, Any], message: str, spelling: str
 ) -> None:
     with pytest.raises(PackagingError, match=message):
-        told(**{spelling: settings})
+        translated(**{spelling: settings})
 
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 def test_anything_but_an_object_is_refused(name: str) -> None:
     with pytest.raises(PackagingError, match=f"{name} in config.json is .*, not an object"):
-        told(**{name: ["yarn"]})
+        translated(**{name: ["yarn"]})
 
 
 def test_settings_of_a_type_of_layer_are_an_object() -> None:
     with pytest.raises(PackagingError, match="rope_parameters.full_attention .* not an object"):
-        told(rope_parameters={"full_attention": "yarn"})
+        translated(rope_parameters={"full_attention": "yarn"})
 
 
 def test_who_wins_is_said() -> None:
-    both = told(rope_theta=1e4, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    both = translated(rope_theta=1e4, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     assert both.model_config["rope_theta"] == 5e5
     assert "rope_theta is '10000.0', and within rope_parameters" in both.warnings[0]
-    objects = told(
+    objects = translated(
         rope_theta=1e4,
         rope_scaling={"rope_type": "linear", "factor": 2.0},
         rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
     )
     assert objects.ropes == (Rope(1e4, "linear", settings={"factor": 2.0}),)
     assert any("'rope_theta' is '500000.0': it is '10000.0'" in text for text in objects.warnings)
-    assert not told(rope_theta=1e4, rope_parameters={"rope_theta": 1e4}).warnings
+    assert not translated(rope_theta=1e4, rope_parameters={"rope_theta": 1e4}).warnings
 
 
 def test_names_are_those_that_the_class_reads() -> None:
     new = {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}
-    assert told(**new, model_type="phi").model_config == {
+    assert translated(**new, model_type="phi").model_config == {
         "rope_theta": 5e5, "partial_rotary_factor": 0.5
     }  # fmt: skip
-    assert told(**new, model_type="gpt_neox").model_config == {
+    assert translated(**new, model_type="gpt_neox").model_config == {
         "rotary_emb_base": 5e5, "rotary_pct": 0.5
     }  # fmt: skip
-    assert told(rope_theta=5e5).model_config == {"rope_scaling": None}
-
-
-def test_settings_of_a_text_model_inside_another_stay_inside() -> None:
-    text = LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
-    whole = {"model_type": "mistral3", "tie_word_embeddings": True, "text_config": text}
-    assert translate(HERE, whole).model_config == {
-        "text_config": text | {"rope_theta": 5e5, "rope_scaling": None, "tie_word_embeddings": True}
-    }
+    assert translated(rope_theta=5e5).model_config == {"rope_scaling": None}
 
 
 def test_the_context_ends_where_longrope_has_other_factors() -> None:
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     long = {"rope_type": "longrope", "original_max_position_embeddings": 4096} | factors
-    capped = told(rope_scaling=long)
-    assert capped.model_config[CONTEXT_TOKENS] == 4096
+    capped = translated(rope_scaling=long)
+    assert capped.max_context_tokens == 4096
     assert "up to 4096 tokens are served, not 8192" in capped.warnings[0]
-    same = told(rope_scaling=long | {"short_factor": [2.0] * 8})
-    assert CONTEXT_TOKENS not in same.model_config
+    same = translated(rope_scaling=long | {"short_factor": [2.0] * 8})
+    assert same.max_context_tokens is None
     assert not same.warnings
 
 
 def test_dynamic_changes_nothing_in_the_context_and_says_so() -> None:
-    dynamic = told(rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0})
+    dynamic = translated(rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0})
     assert dynamic.ropes == ()
     assert dynamic.model_config["rope_scaling"] is None
     assert "max_position_embeddings (8192)" in dynamic.warnings[0]
@@ -175,7 +171,7 @@ def test_dynamic_changes_nothing_in_the_context_and_says_so() -> None:
 
 def test_a_class_without_a_rope_to_replace_refuses_what_it_does_not_compute() -> None:
     with pytest.raises(PackagingError, match="rope_type yarn, which mlx-lm does not compute for"):
-        told(model_type="nanochat", rope_parameters=YARN)
+        translated(model_type="nanochat", rope_parameters=YARN)
 
 
 @pytest.mark.parametrize(
@@ -191,17 +187,7 @@ def test_what_mlx_lm_computes_otherwise_is_refused_by_name(
     settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(PackagingError, match=message):
-        told(**settings)
-
-
-@pytest.mark.parametrize("kind", ["gemma3_text", "cohere2"])
-def test_layers_that_mlx_lm_cannot_tell_apart_are_refused(kind: str) -> None:
-    sliding, full = "sliding_attention", "full_attention"
-    regular = told(model_type=kind, layer_types=[sliding, full, sliding, full, sliding])
-    assert regular.model_config["sliding_window_pattern"] == 2
-    for layers in ([sliding, sliding], [sliding, full, full], [full, sliding]):
-        with pytest.raises(PackagingError, match="do not repeat sliding layers and one full"):
-            told(model_type=kind, layer_types=layers)
+        refuse_otherwise(HERE, LLAMA | settings)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "proportional"])

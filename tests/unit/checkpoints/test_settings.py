@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlops.checkpoints.settings import CONTEXT_TOKENS, Honoured, honour_settings
+from mlops.checkpoints.checkpoint import CONTEXT_TOKENS
+from mlops.checkpoints.settings import Honoured, honour_settings
 from mlops.errors import PackagingError
 
 LLAMA: dict[str, Any] = {
@@ -232,10 +233,6 @@ def test_a_window_as_long_as_the_context_limits_nothing() -> None:
     assert honour(MISTRAL | {"sliding_window": 32768}).warnings == ()
 
 
-def test_a_shorter_limit_that_is_known_already_stays() -> None:
-    assert honour(MISTRAL | {CONTEXT_TOKENS: 1000}).model_config[CONTEXT_TOKENS] == 1000
-
-
 def test_a_window_is_told_as_mlx_lm_counts_it() -> None:
     """transformers: so many tokens and the one that asks; as it saves it, that one is counted."""
     assert honour(MIMO_V2_FLASH).model_config["sliding_window_size"] == 129
@@ -246,16 +243,26 @@ def test_a_window_is_told_as_mlx_lm_counts_it() -> None:
 def test_layers_with_a_window_only_are_held_to_it() -> None:
     types = ["sliding_attention"] * 4
     told = honour(MISTRAL | {"layer_types": types}).model_config
-    assert told == {"layer_types": ["full_attention"] * 4, CONTEXT_TOKENS: 4096}
+    assert told["layer_types"] == ["full_attention"] * 4
+    assert told[CONTEXT_TOKENS] == 4096
 
 
 def test_the_order_of_windows_is_told_by_the_name_that_mlx_lm_reads() -> None:
     text = GEMMA3["text_config"] | {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
     told = honour(GEMMA3 | {"text_config": text}).model_config["text_config"]
     assert told["sliding_window_pattern"] == 1
-    text["layer_types"] = ["full_attention", "sliding_attention"] * 2
-    with pytest.raises(PackagingError, match="the order of layers"):
-        honour(GEMMA3 | {"text_config": text})
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "cohere2"])
+def test_an_order_of_windows_that_mlx_lm_does_not_compute_is_refused(kind: str) -> None:
+    sliding, full = "sliding_attention", "full_attention"
+    sizes = {"num_hidden_layers": 3, "sliding_window": 8, "tie_word_embeddings": True}
+    config = _COMMON | sizes | {"model_type": kind}
+    regular = honour(config | {"layer_types": [sliding, full, sliding]}).model_config
+    assert regular["sliding_window_pattern"] == 2
+    for layers in ([sliding, sliding, sliding], [sliding, full, full], [full, sliding, full]):
+        with pytest.raises(PackagingError, match="the order of layers"):
+            honour(config | {"layer_types": layers})
 
 
 def test_defaults_of_transformers_are_told_where_mlx_lm_has_others() -> None:
@@ -301,6 +308,7 @@ VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
+    st.just(10**400),
     st.floats(),
     st.text(max_size=20),
     st.lists(st.one_of(st.none(), st.text(max_size=5), st.integers()), max_size=20),
@@ -308,9 +316,17 @@ VALUES = st.one_of(
 )
 
 
-@given(st.sampled_from(sorted(PUBLISHED)), st.data())
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+FUZZED = PUBLISHED | {
+    "phi 3 long": PHI3 | {"rope_scaling": _LONGROPE},
+    "llama with windows": LLAMA | {"layer_types": ["sliding_attention"] * 16, "sliding_window": 8},
+    "falcon h1": _COMMON | {"model_type": "falcon_h1", "key_multiplier": 0.5},
+}
+
+
+@given(st.sampled_from(sorted(FUZZED)), st.data())
 def test_any_value_is_refused_or_taken(name: str, data: st.DataObject) -> None:
-    config = json.loads(json.dumps(PUBLISHED[name]))
+    config = json.loads(json.dumps(FUZZED[name]))
     level = config.get("text_config", config)
     for key in data.draw(st.lists(st.sampled_from(sorted(level)), min_size=1, max_size=4)):
         level[key] = data.draw(VALUES)
