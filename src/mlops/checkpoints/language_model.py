@@ -68,9 +68,10 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
-    translation = translate(path, config)
+    settings = with_text_config(config)
+    translation = translate(path, settings)
     told = {**quantization.model_config, **translation.model_config}
-    honoured = honour_settings(path, {**config, **told}, tensors)
+    honoured = honour_settings(path, {**settings, **told}, tensors)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
     has_tokenizer = has_vocabulary(files)
@@ -120,6 +121,20 @@ def _read_config(path: Path, files: Mapping[str, CheckpointFile]) -> dict[str, A
             file="config.json",
         )
     return config
+
+
+def with_text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The same, with a `text_config` where mlx-lm's class wants one: files of Qwen2-VL that were
+    written before transformers 4.52 have the text model's settings at the top."""
+    kind = architectures.find_model_class(config)
+    if "text_config" in config or kind is None or "text_config" not in kind.required:
+        return config
+    text = {
+        name: value
+        for name, value in config.items()
+        if not isinstance(value, dict) or name.startswith("rope")
+    }
+    return {**config, "text_config": {**text, "model_type": f"{config['model_type']}_text"}}
 
 
 def _describe(

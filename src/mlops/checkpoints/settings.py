@@ -50,6 +50,9 @@ HARMLESS = re.compile(
     r"|is_llama_config|use_mrope|head_dim_override|seq_length|initial_context_length|max_seq_len\w*"
     r"|max_sequence_length|model_max_length|max_window_layers|interpolate_factor|full_attn_mod"
     r"|experts_per_token|n_special|n_ctx|n_positions|predict_special_tokens|sep_token|gguf_file"
+    # beside others that say the same, in released models
+    r"|(pad|eod|im_\w+)_id|org_vocab_size|pad_vocab_size_multiple|dense_list|cla_share_factor"
+    r"|layer_switch"
 )
 """Whole names of settings that change nothing of what is computed for a request: training, the
 tokenizer, labels, precision and speed, the defaults of other libraries for sampling, other parts
@@ -64,9 +67,11 @@ ROTARY = re.compile(
 IN_TENSORS = re.compile(
     r"head_dim|.*_head_dim|num_(key_value|attention)_heads|.*_heads|n_inner|.*_width|.*(hidden|inter"
     r"mediate)_size|.*_rank|(mamba_)?expand|num_(local_)?experts|n_routed_experts|n_shared_experts"
-    r"|.*conv_kernel\w*|d_\w+|mlp_layer_types|moe_layers|linear_\w+|qk_head_dim"
+    r"|.*conv_kernel\w*|conv_dim\w*|n_layers?|d_\w+|mlp_layer_types|moe_layers|linear_\w+|qk_head_dim"
 )
 """They say which tensors there are, and of which shape: mlx-lm loads no others than it computes."""
+
+EPSILONS = ("_eps", "_epsilon")
 
 ACTIVATIONS = frozenset(
     {
@@ -577,6 +582,12 @@ def _capped(
     return Attention(told or {}, window, (warning,))
 
 
+def _epsilons(model: LanguageModel) -> list[Any]:
+    """Of the normalisations that are computed: other names for the same are harmless."""
+    names = (name for name in model.mlx_lm.read if name.endswith(EPSILONS))
+    return [model.value(name) for name in names]
+
+
 def _unread(model: LanguageModel) -> Iterator[str]:
     """One sentence about settings that nobody here knows."""
     known = model.transformers.fields if model.transformers else {}
@@ -588,6 +599,7 @@ def _unread(model: LanguageModel) -> Iterator[str]:
         and not isinstance(value, dict | str)
         and value not in (None, False, 0, 1, [])
         and not any(p.fullmatch(name) for p in (HARMLESS, ROTARY, IN_TENSORS))
+        and not (name.endswith(EPSILONS) and value in _epsilons(model))
         and name not in ACTIVATIONS | _WINDOWS
     ]
     if names:

@@ -64,6 +64,9 @@ _LAYER_TYPES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Where mlx-lm reads the types of layers, and the names that it has for them."""
 
+_PATTERNS = {"gemma3_text": 6, "olmo3": 4}
+"""Every how many layers one sees all, where the file does not say it."""
+
 _OTHERWISE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     "jamba": (
         lambda config: config.get("num_experts") != 1,
@@ -323,7 +326,7 @@ def _left_to_engine(
         ropes = {name: rope and _with_dims(rope, config) for name, rope in ropes.items()}
     if EVERY_LAYER in ropes:
         return tuple(ropes.values())
-    layers = config.get("layer_types")
+    layers = config.get("layer_types") or _layers_by_pattern(config)
     if not isinstance(layers, list) or not all(name in ropes for name in layers):
         raise refusal(
             f"rope_parameters in config.json of {path} are for {', '.join(ropes)[:200]}, but its "
@@ -332,6 +335,19 @@ def _left_to_engine(
             setting="layer_types",
         )
     return tuple(ropes[name] for name in layers)
+
+
+def _layers_by_pattern(config: Mapping[str, Any]) -> list[str] | None:
+    """The types of layers that a file says as a number, or leaves out: all but every so many
+    slide."""
+    pattern = config.get("sliding_window_pattern", _PATTERNS.get(str(config.get("model_type"))))
+    num_layers = config.get("num_hidden_layers")
+    if type(pattern) is not int or type(num_layers) is not int or pattern < 1:
+        return None
+    return [
+        "sliding_attention" if number % pattern else "full_attention"
+        for number in range(1, num_layers + 1)
+    ]
 
 
 def _unsaid(config: Mapping[str, Any], rope: Rope, kind: ModelClass) -> list[str]:
