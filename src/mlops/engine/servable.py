@@ -61,7 +61,7 @@ def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[st
             f"tokenizer{', nor its adapters' if adapters else ''}"
         ]
     built, config = build_model(model)
-    warnings = _check_tokenizer(model, config) if model.has_tokenizer else []
+    warnings = _check_tokenizer(model, config)
     warnings += _check_forward_pass(model, built, config)
     if adapters:
         from mlops.engine.banks import AdapterBanks
@@ -78,6 +78,11 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
     """Read the tokenizer; its tokens are rows of the embedding."""
     from mlops.engine.tokenization import load_tokenizer, vocabulary_size
 
+    if not model.has_tokenizer:
+        return [
+            f"{model.path} has no tokenizer, so it cannot be served: put tokenizer.json and "
+            "tokenizer_config.json beside its weights"
+        ]
     loaded = load_tokenizer(model)
     tokenizer, warnings = loaded.tokenizer, list(loaded.warnings)
     num_rows = vocabulary_size(config)

@@ -319,3 +319,20 @@ def test_any_config_is_refused_or_fine(
     write_config(folder, **changes)
     with suppress(PackagingError):
         check_loads(recognise(folder))
+
+
+def test_a_model_without_a_tokenizer_can_be_stored_and_says_that_it_is_not_served(
+    phi3: Path,
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (phi3 / name).unlink()
+    (warning,) = check_loads(recognise(phi3))
+    assert "has no tokenizer, so it cannot be served" in warning
+
+
+def test_what_transformers_refuses_in_config_json_is_not_blamed_on_the_tokenizer(
+    phi3: Path,
+) -> None:
+    write_config(phi3, eos_token_id="</s>")
+    with pytest.raises(PackagingError, match=r"config.json beside it .*'eos_token_id'"):
+        check_loads(recognise(phi3))
