@@ -163,7 +163,7 @@ def test_settings_that_were_left_over(tmp_path: Path) -> None:
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     found = recognise(write(tmp_path, settings, {f"{LAYER}.weight": (64, 64)}, dtype="F32"))
     assert found.quantization is None
-    assert found.model_config == {"quantization_config": None}
+    assert found.model_config["quantization_config"] is None
     (warning,) = found.warnings
     assert (
         "says that the weights are quantized (bitsandbytes), but all of them are plain" in warning
