@@ -11,14 +11,16 @@ from mlops.checkpoints import architectures
 from mlops.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointKind,
+    TensorInfo,
     size_of_model,
 )
 from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
 from mlops.checkpoints.files import CheckpointFile, read_json
+from mlops.checkpoints.output_layer import own_output_layer
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.quantization import describe_quantization, read_quantization
 from mlops.checkpoints.refusal import refusal
-from mlops.checkpoints.settings import honour_settings
+from mlops.checkpoints.settings import honour_settings, is_said_tied
 from mlops.checkpoints.stand_ins import refuse_stand_ins, refuse_unfinished
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.checkpoints.tokenizer_files import has_vocabulary
@@ -31,6 +33,28 @@ from mlops.checkpoints.weight_files import (
 from mlops.counts import count
 
 _MODEL_TYPE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
+
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "base_model.model.": "PEFT",
+    "pretrained_model.": "TRL's model with a value head",
+}
+"""What trainers put around a model, by what the names of its tensors then begin with."""
+
+_OTHER_HEADS = frozenset({"score", "classifier", "qa_outputs", "v_head", "value_head"})
+"""What models that give no text have in place of an output layer, or beside it."""
+
+_DTYPES = frozenset(
+    {"BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "C64"}
+    | {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
+)
+"""What MLX reads, or is refused with the method of quantization that it is of."""
+
+_OWN_OUTPUT_LAYER = (
+    "{} has other values than the embedding, so it is computed with, as transformers does; to have "
+    "that said, set tie_word_embeddings in config.json to false"
+)
 
 
 def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) -> Checkpoint:
@@ -52,6 +76,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         raise refusal(f"the weight files in {path} hold no tensors", path)
     check_against_index(path, weights, tensors)
     refuse_rivals(path, files, weights, tensors)
+    _refuse_other_models(path, tensors)
     if not architectures.is_supported(config):
         needs_code = " (its own code, which auto_map names, would be needed and is never run)"
         raise refusal(
@@ -69,8 +94,13 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
     )
 
     settings = with_text_config(config)
+    untied = own_output_layer(path, tensors) if is_said_tied(settings) else None
+    if untied:
+        settings["tie_word_embeddings"] = False
     translation = translate(path, settings)
     told = {**quantization.model_config, **translation.model_config}
+    if untied:
+        told["tie_word_embeddings"] = False
     honoured = honour_settings(path, {**settings, **told}, tensors)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
@@ -98,12 +128,39 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         model_config={**told, **honoured.model_config},
         ropes=translation.ropes,
         warnings=(
+            *([_OWN_OUTPUT_LAYER.format(untied)] if untied else []),
             *weights.warnings,
             *quantization.warnings,
             *translation.warnings,
             *honoured.warnings,
         ),
     )
+
+
+def _refuse_other_models(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse by name what is no language model, or has something around it."""
+    for name, tensor in tensors.items():
+        if wrapper := next((at for at in _WRAPPERS if name.startswith(at)), None):
+            raise refusal(
+                f"the tensors in {path} are named as {_WRAPPERS[wrapper]} has them ({name[:80]}): "
+                "save the model inside it, without what is around",
+                path,
+                tensor=name,
+            )
+        if name.partition(".")[0] in _OTHER_HEADS:
+            raise refusal(
+                f"{path} gives scores, not text: it has {name[:80]}, which belongs to a classifier "
+                "or a reward model; models like that are not served",
+                path,
+                tensor=name,
+            )
+        if tensor.dtype not in _DTYPES:
+            raise refusal(
+                f"{name[:80]} in {path} is stored as {tensor.dtype}, which MLX does not read; save "
+                "the model again in bfloat16 or float32",
+                path,
+                tensor=name,
+            )
 
 
 def _read_config(path: Path, files: Mapping[str, CheckpointFile]) -> dict[str, Any]:
@@ -128,7 +185,7 @@ def with_text_config(config: dict[str, Any]) -> dict[str, Any]:
     written before transformers 4.52 have the text model's settings at the top."""
     kind = architectures.find_model_class(config)
     if "text_config" in config or kind is None or "text_config" not in kind.required:
-        return config
+        return dict(config)
     text = {
         name: value
         for name, value in config.items()

@@ -118,6 +118,7 @@ COMPUTED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gpt_bigcode", "multi_query"): (True,),
     # It looks whether there is an output layer.
     ("gemma3_text", "tie_word_embeddings"): (True, False),
+    ("gemma3", "tie_word_embeddings"): (True, False),
     # It always has these tensors.
     ("phimoe", "attention_bias"): (True,),
     ("phimoe", "lm_head_bias"): (True,),
@@ -226,6 +227,12 @@ def honour_settings(path: Path, config: Mapping[str, Any], tensor_names: Iterabl
     if given := [limit for limit in limits if isinstance(limit, int)]:
         model_config[CONTEXT_TOKENS] = min(given)
     return Honoured(model_config, (*attention.warnings, *_unread(language_model)))
+
+
+def is_said_tied(config: Mapping[str, Any]) -> bool:
+    """Whether its output layer is its embedding, by `config.json` or what is meant without a word
+    there."""
+    return _is_tied(LanguageModel.of(config), has_output_layer=True)
 
 
 def _types(model: LanguageModel) -> dict[str, frozenset[str]]:

@@ -80,6 +80,14 @@ _OTHERWISE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
         lambda config: config.get("moe_num_experts") != 0,
         "leaves out the bias that chooses the experts",
     ),
+    "phi3small": (
+        lambda config: True,
+        "computes a text otherwise in pieces than whole, and writes past a small vocabulary",
+    ),
+    "plamo3": (
+        lambda config: True,
+        "computes a text otherwise in pieces than whole",
+    ),
     "olmo": (
         lambda config: True,
         "needs the library hf_olmo, and ends the process without it",

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind
-from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.refusal import examples, printable, refusal
 from mlops.engine.building import build_model, odd_settings
 from mlops.engine.owner import run_in_owner
 from mlops.errors import sentence_of
@@ -36,7 +36,7 @@ def check_loads(model: Checkpoint, *adapters: Checkpoint) -> list[str]:
     """
     if model.kind is not CheckpointKind.LANGUAGE_MODEL:
         return []
-    return run_in_owner(_check_loads, model, adapters)
+    return [printable(warning) for warning in run_in_owner(_check_loads, model, adapters)]
 
 
 def check_adapter_loads(base: Checkpoint, adapter: Checkpoint) -> None:

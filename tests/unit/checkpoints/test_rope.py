@@ -184,6 +184,8 @@ def test_a_class_without_a_rope_to_replace_refuses_what_it_does_not_compute() ->
         ({"model_type": "jamba", "num_experts": 4}, "weighs the experts otherwise"),
         ({"model_type": "minicpm3"}, "leaves out a factor of the logits"),
         ({"model_type": "ernie4_5_moe"}, "leaves out the bias that chooses the experts"),
+        ({"model_type": "phi3small"}, "otherwise in pieces than whole"),
+        ({"model_type": "plamo3"}, "otherwise in pieces than whole"),
         ({"model_type": "olmo"}, "needs the library hf_olmo"),
     ],
 )

@@ -216,6 +216,7 @@ def test_a_setting_that_nobody_knows_is_named_in_a_warning() -> None:
         {"max_position_embeddings": 1e6},
         {"max_position_embeddings": "long"},
         {"max_position_embeddings": 10**30},
+        {"num_hidden_layers": 10**400},
     ],
     ids=str,
 )
