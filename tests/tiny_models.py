@@ -336,6 +336,8 @@ def _further_fields(architecture: str, hidden: int) -> dict[str, Any]:
             "moe_intermediate_size": hidden,
             "norm_topk_prob": True,
         }
+    if architecture == "seed_oss":
+        return {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
     if architecture == "gpt_oss":
         return {
             "num_local_experts": 4,

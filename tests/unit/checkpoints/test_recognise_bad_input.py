@@ -451,3 +451,9 @@ def test_gguf_is_named(tmp_path: Path) -> None:
 def test_names_of_settings_do_not_reach_the_terminal_as_they_are(model: Path) -> None:
     write_config(model, **{"gain\x1b[31m\n": 3})
     assert "gain\\x1b[31m\\n" in recognise(model).warnings[0]
+
+
+@pytest.mark.parametrize("name", ["head_dim", "decoder_sparse_step", "rotary_dim"])
+def test_numbers_that_are_no_floating_point_number(model: Path, name: str) -> None:
+    write_config(model, model_type="qwen3_moe", **{name: 10**400})
+    refused(model, f"{name} is 1000", "that nothing computes with")
