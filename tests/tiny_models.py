@@ -318,6 +318,8 @@ def _config(
     }
     if architecture == "mixtral":
         config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if architecture == "seed_oss":
+        config |= {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
     if architecture == "olmoe":
         config |= {"num_experts": 4, "num_experts_per_tok": 2}
     if architecture.startswith("gemma3"):
@@ -336,8 +338,6 @@ def _further_fields(architecture: str, hidden: int) -> dict[str, Any]:
             "moe_intermediate_size": hidden,
             "norm_topk_prob": True,
         }
-    if architecture == "seed_oss":
-        return {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
     if architecture == "gpt_oss":
         return {
             "num_local_experts": 4,

@@ -73,9 +73,7 @@ def _wanted(
 def _wanted_number(name: str, value: float) -> str | None:
     if _EPSILON.fullmatch(name):
         return None if 0 <= value < 1 else "a number from 0 to 1"
-    if isinstance(value, int) and abs(value) > LARGEST_COUNT:
-        return "a possible number"
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     if _POSITIVE.fullmatch(name) and value <= 0:
         return "a positive number"
