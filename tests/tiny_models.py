@@ -318,6 +318,8 @@ def _config(
     }
     if architecture == "mixtral":
         config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if architecture == "seed_oss":
+        config |= {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
     if architecture == "olmoe":
         config |= {"num_experts": 4, "num_experts_per_tok": 2}
     if architecture.startswith("gemma3"):

@@ -295,3 +295,13 @@ def test_what_a_service_cannot_honour_is_refused_by_name(folder: Path) -> None:
     assert done.returncode == 1
     assert "--adapter, --max-batch-size cannot be honoured" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_warning_is_shown_once(folder: Path) -> None:
+    noted = write_language_model(folder / "noted")
+    config = json.loads((noted / "config.json").read_text())
+    (noted / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "a.B"}}))
+    done = mlops(folder, "package", "noted", "--no-bento")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("which is never run") == 1
+    assert "which is never run" not in done.stderr

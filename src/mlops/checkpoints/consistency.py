@@ -30,6 +30,9 @@ _LISTED = re.compile(r"layer|block|pattern")
 MAX_MODULES = 4096
 """More layers, experts or heads than any model has: building them would not end."""
 
+LARGEST_NUMBER = 2**63
+"""JSON has larger ones, which are no floating-point number either."""
+
 _ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers"),
@@ -83,6 +86,8 @@ def _unbounded(config: Mapping[str, Any]) -> Iterator[str]:
             length = value if is_number else 0
             if isinstance(value, str | list) and _LISTED.search(name):
                 length = len(value)
+            if type(value) is int and abs(value) > LARGEST_NUMBER:
+                yield f"{name[:80]} is {str(value)[:20]}..., a number that nothing computes with"
             if length > MAX_MODULES:
                 yield f"{name[:80]} is {str(length)[:20]}, and no model has so many"
 

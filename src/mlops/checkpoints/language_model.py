@@ -11,14 +11,16 @@ from mlops.checkpoints import architectures
 from mlops.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointKind,
+    TensorInfo,
     size_of_model,
 )
 from mlops.checkpoints.consistency import PLAIN_DECODERS, check_consistency
 from mlops.checkpoints.files import CheckpointFile, read_json
+from mlops.checkpoints.output_layer import own_output_layer
 from mlops.checkpoints.pooling import read_pooling
 from mlops.checkpoints.quantization import describe_quantization, read_quantization
 from mlops.checkpoints.refusal import refusal
-from mlops.checkpoints.settings import honour_settings
+from mlops.checkpoints.settings import honour_settings, is_said_tied
 from mlops.checkpoints.stand_ins import refuse_stand_ins, refuse_unfinished
 from mlops.checkpoints.tensors import WeightShapes, read_tensors
 from mlops.checkpoints.tokenizer_files import has_vocabulary
@@ -30,6 +32,28 @@ from mlops.checkpoints.weight_files import (
 from mlops.counts import count
 
 _MODEL_TYPE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
+
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "base_model.model.": "PEFT",
+    "pretrained_model.": "TRL's model with a value head",
+}
+"""What trainers put around a model, by what the names of its tensors then begin with."""
+
+_OTHER_HEADS = frozenset({"score", "classifier", "qa_outputs", "v_head", "value_head"})
+"""What models that give no text have in place of an output layer, or beside it."""
+
+_DTYPES = frozenset(
+    {"BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "C64"}
+    | {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
+)
+"""What MLX reads, or is refused with the method of quantization that it is of."""
+
+_OWN_OUTPUT_LAYER = (
+    "{} has other values than the embedding, so it is computed with, as transformers does; to have "
+    "that said, set tie_word_embeddings in config.json to false"
+)
 
 
 def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) -> Checkpoint:
@@ -51,6 +75,7 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         raise refusal(f"the weight files in {path} hold no tensors", path)
     check_against_index(path, weights, tensors)
     refuse_rivals(path, files, weights, tensors)
+    _refuse_other_models(path, tensors)
     if not architectures.is_supported(config):
         needs_code = " (its own code, which auto_map names, would be needed and is never run)"
         raise refusal(
@@ -67,7 +92,9 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         path, {**config, "tie_word_embeddings": True} if is_headless else config, tensors
     )
 
-    honoured = honour_settings(path, {**config, **quantization.model_config}, tensors)
+    untied = own_output_layer(path, tensors) if is_said_tied(config) else None
+    told = {**quantization.model_config, **({"tie_word_embeddings": False} if untied else {})}
+    honoured = honour_settings(path, {**config, **told}, tensors)
     is_mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     num_parameters = WeightShapes(tensors, config).num_parameters()
     has_tokenizer = has_vocabulary(files)
@@ -91,14 +118,41 @@ def recognise_language_model(path: Path, files: Mapping[str, CheckpointFile]) ->
         pooling=read_pooling(config, files),
         is_headless=is_headless,
         files=weights.with_index,
-        model_config={**quantization.model_config, **honoured.model_config},
+        model_config={**told, **honoured.model_config},
         ropes=honoured.ropes,
         warnings=(
+            *([_OWN_OUTPUT_LAYER.format(untied)] if untied else []),
             *weights.warnings,
             *quantization.warnings,
             *honoured.warnings,
         ),
     )
+
+
+def _refuse_other_models(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse by name what is no language model, or has something around it."""
+    for name, tensor in tensors.items():
+        if wrapper := next((at for at in _WRAPPERS if name.startswith(at)), None):
+            raise refusal(
+                f"the tensors in {path} are named as {_WRAPPERS[wrapper]} has them ({name[:80]}): "
+                "save the model inside it, without what is around",
+                path,
+                tensor=name,
+            )
+        if name.partition(".")[0] in _OTHER_HEADS:
+            raise refusal(
+                f"{path} gives scores, not text: it has {name[:80]}, which belongs to a classifier "
+                "or a reward model; models like that are not served",
+                path,
+                tensor=name,
+            )
+        if tensor.dtype not in _DTYPES:
+            raise refusal(
+                f"{name[:80]} in {path} is stored as {tensor.dtype}, which MLX does not read; save "
+                "the model again in bfloat16 or float32",
+                path,
+                tensor=name,
+            )
 
 
 def _read_config(path: Path, files: Mapping[str, CheckpointFile]) -> dict[str, Any]:

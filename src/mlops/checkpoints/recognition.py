@@ -21,7 +21,7 @@ from mlops.checkpoints.files import (
 from mlops.checkpoints.language_model import recognise_language_model
 from mlops.checkpoints.other_formats import FORMATS, recognise_other
 from mlops.checkpoints.peft_config import CONFIG
-from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.refusal import examples, printable, refusal
 from mlops.checkpoints.stand_ins import refuse_stand_ins, refuse_unfinished, unfinished
 from mlops.checkpoints.tokenizer_files import VOCABULARIES
 from mlops.hardware.home import expand
@@ -82,7 +82,8 @@ def _recognise(path: Path, files: Folder) -> tuple[Checkpoint, Iterable[str]]:
     refuse_stand_ins(path, [files[name] for name in (*beside, *weights) if name in files])
     _refuse_code(path, files)
     found = (recognise_adapter if is_adapter else recognise_language_model)(path, files)
-    checkpoint = replace(found, warnings=(*found.warnings, *_warn_of_code(files)))
+    warnings = (*found.warnings, *_warn_of_code(files))
+    checkpoint = replace(found, warnings=tuple(map(printable, warnings)))
     return checkpoint, (*beside, *checkpoint.weight_files)
 
 
@@ -142,6 +143,13 @@ def _refuse_without_weights(path: Path, files: Folder) -> Exception:
             path,
             file=unfinished(halves[0]),
             leftover=halves[0],
+        )
+    if gguf := [name for name in files if name.lower().endswith(".gguf")]:
+        return refusal(
+            f"the weights in {path} are GGUF ({examples(gguf)}), which is not read; give the "
+            "folder with safetensors that they were made from",
+            path,
+            files=gguf[:10],
         )
     below = {str(PurePosixPath(name).parent) for name in files if name.endswith(".safetensors")}
     steps = {int(found[1]): name for name in below if (found := _STEP.search(name))}

@@ -12,6 +12,7 @@ LARGEST_FACTOR = 1e6
 
 _EPSILON = re.compile(r".*(^|_)eps(ilon)?")
 _WINDOW = re.compile(r"sliding_window(_size)?|attention_chunk_size")
+_LENGTH = re.compile(r"(original_)?max_position_embeddings|n_positions|n_ctx")
 _PATTERN = "sliding_window_pattern"
 _POSITIVE = re.compile(
     r"head_dim|num_key_value_heads|num_attention_heads|num_hidden_layers|hidden_size|vocab_size"
@@ -58,6 +59,8 @@ def _wanted(
     if _WINDOW.fullmatch(name):
         is_used = settings.get("use_sliding_window") is not False
         return None if not is_used or _is_count(value, 1) else "a positive number of tokens"
+    if _LENGTH.fullmatch(name):
+        return None if _is_count(value, 1) else "a positive number of tokens"
     if types is None or name == _PATTERN:
         return None
     known = [_TYPES[each] for each in sorted(types) if each in _TYPES]

@@ -21,7 +21,7 @@ from mlops.checkpoints.refusal import refusal
 from mlops.checkpoints.rope import Rope
 from mlops.checkpoints.rope_settings import translate_ropes
 from mlops.checkpoints.setting_values import impossible_values
-from mlops.checkpoints.translation import missing, refuse_otherwise, translate
+from mlops.checkpoints.translation import is_tied, missing, refuse_otherwise, translate
 from mlops.checkpoints.uncomputed import not_computed, unread
 
 
@@ -81,6 +81,11 @@ def _completed(model: LanguageModel, translated: Mapping[str, Any]) -> dict[str,
     """The file's settings, and what is meant by those that it leaves out."""
     given = {name: value for name, value in model.settings.items() if value is not None}
     return {**translated, "layer_types": types_of_layers(model), **given}
+
+
+def is_said_tied(config: Mapping[str, Any]) -> bool:
+    """Whether its output layer is its embedding, whatever tensors there are."""
+    return is_tied(LanguageModel.of(config), has_output_layer=True)
 
 
 def _types(model: LanguageModel) -> dict[str, frozenset[str]]:

@@ -119,8 +119,10 @@ class WeightShapes:
         as_declared = [columns for pair, columns in fitting if pair == default]
         if as_declared and isinstance(own, dict):
             return as_declared
-        found = as_declared + [columns for _, columns in fitting]
-        return sorted(found, key=lambda columns: columns not in self._widths)
+        others = sorted(
+            (columns for _, columns in fitting), key=lambda columns: columns not in self._widths
+        )
+        return as_declared + others
 
     def _fitting(self, module: str) -> list[tuple[list[int], int]]:
         """Bits and group sizes with which a packed weight has these shapes, and its columns."""

@@ -242,6 +242,14 @@ _OTHERWISE: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
         _has_linear_attention,
         "is for MiniMax M2; it does not compute the linear attention of MiniMax Text 01",
     ),
+    "phi3small": (
+        lambda config: True,
+        "computes a text otherwise in pieces than whole, and writes past a small vocabulary",
+    ),
+    "plamo3": (
+        lambda config: True,
+        "computes a text otherwise in pieces than whole",
+    ),
     "olmo": (
         lambda config: True,
         "needs the library hf_olmo, and ends the process without it",
@@ -309,7 +317,7 @@ def missing(model: LanguageModel, model_config: Settings) -> str | None:
 def _left_out(model: LanguageModel, name: str, has_output_layer: bool) -> Any:
     """The value of a setting that the file does not have, or has as null."""
     if name == "tie_word_embeddings":
-        return _is_tied(model, has_output_layer)
+        return is_tied(model, has_output_layer)
     found = _by_another_name(model, name)
     if found is not None or ROTARY.fullmatch(name):
         return found
@@ -318,7 +326,9 @@ def _left_out(model: LanguageModel, name: str, has_output_layer: bool) -> Any:
     return _derived(model, name) if found is None else found
 
 
-def _is_tied(model: LanguageModel, has_output_layer: bool) -> bool:
+def is_tied(model: LanguageModel, has_output_layer: bool) -> bool:
+    """Whether its output layer is its embedding, by `config.json` or what is meant without a word
+    there."""
     given = model.config.get("tie_word_embeddings")
     if isinstance(given, bool):
         return given

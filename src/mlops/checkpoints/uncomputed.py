@@ -57,7 +57,8 @@ _HARMLESS = {
     ),
     "written into published files, and read by no model": (
         r"rope_interleaved|use_mrope|head_dim_override|interpolate_factor|full_attn_mod"
-        r"|experts_per_token"
+        r"|experts_per_token|(pad|eod|im_\w+)_id|org_vocab_size|pad_vocab_size_multiple|dense_list"
+        r"|cla_share_factor|layer_switch"
     ),
 }
 HARMLESS = re.compile("|".join(_HARMLESS.values()))
@@ -66,9 +67,11 @@ HARMLESS = re.compile("|".join(_HARMLESS.values()))
 IN_TENSORS = re.compile(
     r"head_dim|.*_head_dim|num_(key_value|attention)_heads|.*_heads|n_inner|.*_width|.*(hidden|inter"
     r"mediate)_size|.*_rank|(mamba_)?expand|num_(local_)?experts|n_routed_experts|n_shared_experts"
-    r"|.*conv_kernel\w*|d_\w+|mlp_layer_types|moe_layers|linear_\w+|qk_head_dim"
+    r"|.*conv_kernel\w*|conv_dim\w*|n_layers?|d_\w+|mlp_layer_types|moe_layers|linear_\w+|qk_head_dim"
 )
 """They say which tensors there are, and of which shape: mlx-lm loads no others than it computes."""
+
+_EPSILONS = ("_eps", "_epsilon")
 
 ACTIVATIONS = frozenset(
     {
@@ -104,6 +107,7 @@ COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt_bigcode": {"multi_query": (True,)},
     # It looks whether there is an output layer.
     "gemma3_text": {"tie_word_embeddings": (True, False)},
+    "gemma3": {"tie_word_embeddings": (True, False)},
     # It always has these tensors.
     "phimoe": {"attention_bias": (True,), "lm_head_bias": (True,)},
     # It has no rotary embedding at all.
@@ -189,6 +193,11 @@ def _activation_name(value: Any) -> Any:
     return next((same[0] for same in _SAME_ACTIVATION if value in same), value)
 
 
+def _epsilons(model: LanguageModel) -> list[Any]:
+    """Of the normalisations that are computed: another name for the same is harmless."""
+    return [model.value(name) for name in model.mlx_lm.used if name.endswith(_EPSILONS)]
+
+
 def unread(model: LanguageModel) -> Iterator[str]:
     """One sentence about settings that nobody here knows."""
     known = model.transformers.fields if model.transformers else {}
@@ -200,6 +209,7 @@ def unread(model: LanguageModel) -> Iterator[str]:
         and not isinstance(value, dict | str)
         and value not in (None, False, 0, 1, [])
         and not any(p.fullmatch(name) for p in (HARMLESS, ROTARY, IN_TENSORS))
+        and not (name.endswith(_EPSILONS) and value in _epsilons(model))
         and name not in ACTIVATIONS | WINDOWS
     ]
     if names:

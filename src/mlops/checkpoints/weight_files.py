@@ -62,9 +62,9 @@ class WeightFiles:
         warnings = []
         if self.stale_map:
             warnings.append(
-                f"{INDEX} names none of the weight files that are there, such as "
-                f"{examples(sorted(set(self.stale_map.values())), 1)}; it is of another build and "
-                "is left out"
+                f"no weight file that {INDEX} names "
+                f"({examples(sorted(set(self.stale_map.values())), 1)}) is there, and the others "
+                "are whole: it is of another build and is left out"
             )
         if self.others:
             source = f"those that {INDEX} names" if self.weight_map else examples(list(self.names))

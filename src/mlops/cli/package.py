@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +110,7 @@ def package(
     errors = console.errors()
     errors.print(f"{checkpoint.path}: {checkpoint.description}")
     num_bytes = sum(file.size for file in packager.collect_model_files())
-    with bytes_progress(errors) as progress:
+    with _warnings_in_result(), bytes_progress(errors) as progress:
         storing = progress.add_task("storing", total=num_bytes)
         result = packager.package_model(
             build_bento=bento,
@@ -119,6 +122,19 @@ def package(
         console.print_json(result, default=vars)
     else:
         _print_result(result)
+
+
+@contextlib.contextmanager
+def _warnings_in_result() -> Iterator[None]:
+    """The packager logs what its result says as well; a terminal shows it once."""
+    from mlops.serving.bentoml.packager import result_logger
+
+    level = result_logger.level
+    result_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        result_logger.setLevel(level)
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint
+from mlops.checkpoints.output_layer import has_copied_output_layer
 from mlops.checkpoints.refusal import examples, refusal
 from mlops.checkpoints.tensors import MLX_BITS, MLX_GROUP_SIZES
 from mlops.engine.model_folder import model_folder
@@ -109,8 +110,9 @@ class _Build:
                 return weights
 
             def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
-                build.check_tensors(self, dict(weights))
-                return super().load_weights(weights, strict)
+                given = build.without_copy(self, dict(weights))
+                build.check_tensors(self, given)
+                return super().load_weights(list(given.items()), strict)
 
         Model.__module__ = model_class.__module__
         return Model, args_class
@@ -121,6 +123,15 @@ class _Build:
             return fit_weights(self.checkpoint, model, weights)
         except UnfitWeightsError as exc:
             raise self._refusal(f"{self.checkpoint.path} cannot be served: {exc}") from exc
+
+    def without_copy(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Leave out a copy of the embedding, where the model has no other output layer."""
+        extra = [name for name in weights if name.endswith("lm_head.weight")]
+        if not extra or any(name.endswith("lm_head") for name, _ in model.named_modules()):
+            return weights
+        if not has_copied_output_layer(self.checkpoint.path, self.checkpoint.tensors):
+            return weights
+        return {name: array for name, array in weights.items() if name not in extra}
 
     def check_packing(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
         """Refuse scales that MLX would divide by zero for, which ends the process."""

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mlops.checkpoints import Checkpoint, CheckpointKind
-from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.refusal import examples, printable, refusal
 from mlops.engine.building import build_model, odd_settings
 from mlops.engine.owner import run_in_owner
 from mlops.errors import sentence_of
@@ -36,7 +36,7 @@ def check_loads(model: Checkpoint, *adapters: Checkpoint) -> list[str]:
     """
     if model.kind is not CheckpointKind.LANGUAGE_MODEL:
         return []
-    return run_in_owner(_check_loads, model, adapters)
+    return [printable(warning) for warning in run_in_owner(_check_loads, model, adapters)]
 
 
 def check_adapter_loads(base: Checkpoint, adapter: Checkpoint) -> None:
@@ -61,7 +61,7 @@ def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[st
             f"tokenizer{', nor its adapters' if adapters else ''}"
         ]
     built, config = build_model(model)
-    warnings = _check_tokenizer(model, config) if model.has_tokenizer else []
+    warnings = _check_tokenizer(model, config)
     warnings += _check_forward_pass(model, built, config)
     if adapters:
         from mlops.engine.banks import AdapterBanks
@@ -78,6 +78,11 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
     """Read the tokenizer; its tokens are rows of the embedding."""
     from mlops.engine.tokenization import load_tokenizer, vocabulary_size
 
+    if not model.has_tokenizer:
+        return [
+            f"{model.path} has no tokenizer, so it cannot be served: put tokenizer.json and "
+            "tokenizer_config.json beside its weights"
+        ]
     loaded = load_tokenizer(model)
     tokenizer, warnings = loaded.tokenizer, list(loaded.warnings)
     num_rows = vocabulary_size(config)

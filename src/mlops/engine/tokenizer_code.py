@@ -41,6 +41,8 @@ def tokenizer_problem(exc: BaseException) -> str:
             "which is never run; put the tokenizer.json of the model beside it"
         )
     said = " ".join(sentence_of(exc).split())[:200]
+    if type(exc).__name__.startswith("StrictDataclass"):  # transformers reads config.json with it
+        return f"config.json beside it is not what transformers takes ({said}); correct it there"
     return f"{said}; copy its files again from where the model comes from"
 
 

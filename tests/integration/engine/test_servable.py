@@ -18,6 +18,7 @@ import quantized_models as packing
 import tiny_models
 from mlops import engine
 from mlops.checkpoints import recognise
+from mlops.engine.owner import run_in_owner
 from mlops.engine.servable import check_adapter_loads, check_loads
 from mlops.errors import PackagingError, ServiceError
 
@@ -337,3 +338,50 @@ def test_any_config_is_refused_or_fine(
     write_config(folder, **changes)
     with suppress(PackagingError):
         check_loads(recognise(folder))
+
+
+def test_a_model_without_a_tokenizer_can_be_stored_and_says_that_it_is_not_served(
+    phi3: Path,
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (phi3 / name).unlink()
+    (warning,) = check_loads(recognise(phi3))
+    assert "has no tokenizer, so it cannot be served" in warning
+
+
+def test_what_transformers_refuses_in_config_json_is_not_blamed_on_the_tokenizer(
+    phi3: Path,
+) -> None:
+    write_config(phi3, eos_token_id="</s>")
+    with pytest.raises(PackagingError, match=r"config.json beside it .*'eos_token_id'"):
+        check_loads(recognise(phi3))
+
+
+def write_tied(folder: Path, architecture: str = "llama", *, factor: float) -> Path:
+    """Tied by its config.json, with an output layer in the file: the embedding times a factor."""
+    tiny_models.write_language_model(folder, architecture=architecture, tie_word_embeddings=True)
+    tensors = read_tensors(folder)
+    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+    write_tensors(folder, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
+def test_a_copy_of_the_embedding_is_no_output_layer(tmp_path: Path, architecture: str) -> None:
+    found = recognise(write_tied(tmp_path / "model", architecture, factor=1.0))
+    assert found.warnings == ()
+    assert check_loads(found) == []
+
+
+def test_an_output_layer_of_its_own_is_computed_with(tmp_path: Path) -> None:
+    """As transformers 5 does, whatever tie_word_embeddings says."""
+    tied, own = (write_tied(tmp_path / str(factor), factor=factor) for factor in (1.0, 2.0))
+    assert "lm_head.weight has other values" in recognise(own).warnings[0]
+    rows = [run_in_owner(logits, engine.load_model(folder).model) for folder in (tied, own)]
+    np.testing.assert_allclose(rows[1], 2 * rows[0], rtol=1e-4, atol=1e-5)
+
+
+def logits(model: Any) -> Any:
+    import mlx.core as mx
+
+    return np.array(model(mx.array([[1, 2, 3]])))

@@ -410,3 +410,50 @@ def test_several_formats_in_one_folder(tmp_path: Path) -> None:
     for name in ("model.onnx", "model.mlxfn"):
         WRITERS[name](tmp_path / name)
     refused(tmp_path, "several formats (.mlxfn, .onnx)")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("_orig_mod.model.norm.weight", "named as torch.compile has them"),
+        ("module.model.norm.weight", "named as DistributedDataParallel has them"),
+        ("base_model.model.model.norm.weight", "named as PEFT has them"),
+        ("score.weight", "gives scores, not text: it has score.weight"),
+        ("v_head.summary.weight", "gives scores, not text"),
+    ],
+)
+def test_what_is_no_language_model_or_has_one_inside(model: Path, name: str, reason: str) -> None:
+    shapes = llama_shapes() | {name: (8,)}
+    write_safetensors(model / "model.safetensors", shapes)
+    refused(model, reason)
+
+
+def test_weights_of_64_bits(model: Path) -> None:
+    raw = (model / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    for entry in header.values():
+        if "data_offsets" in entry:
+            entry["dtype"] = "F64"
+            entry["data_offsets"] = [2 * offset for offset in entry["data_offsets"]]
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + 2 * raw[8 + size :]
+    )
+    refused(model, "stored as F64, which MLX does not read; save the model again")
+
+
+def test_gguf_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "the weights in", "are GGUF (model.Q4_K_M.gguf)")
+
+
+def test_names_of_settings_do_not_reach_the_terminal_as_they_are(model: Path) -> None:
+    write_config(model, **{"gain\x1b[31m\n": 3})
+    assert "gain\\x1b[31m\\n" in recognise(model).warnings[0]
+
+
+@pytest.mark.parametrize("name", ["head_dim", "decoder_sparse_step", "rotary_dim"])
+def test_numbers_that_are_no_floating_point_number(model: Path, name: str) -> None:
+    write_config(model, model_type="qwen3_moe", **{name: 10**400})
+    refused(model, f"{name} is 1000", "that nothing computes with")

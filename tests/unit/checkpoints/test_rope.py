@@ -180,6 +180,8 @@ def test_a_class_without_a_rope_to_replace_refuses_what_it_does_not_compute() ->
         ({"model_type": "minimax", "attn_type_list": [0, 1]}, "minimax is for MiniMax M2"),
         ({"model_type": "minimax", "layer_types": ["linear_attention"]}, "is for MiniMax M2"),
         ({"model_type": "bailing_hybrid", "linear_num_heads": 4}, "for an older model of this"),
+        ({"model_type": "phi3small"}, "otherwise in pieces than whole"),
+        ({"model_type": "plamo3"}, "otherwise in pieces than whole"),
         ({"model_type": "olmo"}, "needs the library hf_olmo"),
     ],
 )

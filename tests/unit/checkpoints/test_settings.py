@@ -291,6 +291,11 @@ def test_a_setting_that_nobody_knows_is_named_in_a_warning() -> None:
         {"sliding_window": -1},
         {"sliding_window": 0},
         {"sliding_window": "4096"},
+        {"max_position_embeddings": -1},
+        {"max_position_embeddings": 1e6},
+        {"max_position_embeddings": "long"},
+        {"max_position_embeddings": 10**30},
+        {"num_hidden_layers": 10**400},
     ],
     ids=str,
 )

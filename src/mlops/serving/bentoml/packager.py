@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from mlops.client import TrackingClient
 
 logger = logging.getLogger(__name__)
+result_logger = logging.getLogger(f"{__name__}.result")
+"""Of what the result says as well."""
 
 SERVED_KINDS = frozenset({CheckpointKind.LANGUAGE_MODEL, CheckpointKind.ADAPTER})
 """Kinds of checkpoint that this version has a runner for."""
@@ -243,10 +245,10 @@ class ModelPackager:
         self._resolved = resolved = self._check_loads(resolved, adapters)
         self._base = self._store_base(resolved, progress) if resolved.base else None
         for old, new in self.renamed.items():
-            logger.warning("%r is no part of a tag; stored as %r", old, new)
+            result_logger.warning("%r is no part of a tag; stored as %r", old, new)
         self._warnings, self._left_out = _notes(resolved, files, adapters)
         for warning in self._warnings:
-            logger.warning("%s", warning)
+            result_logger.warning("%s", warning)
         self._model = self._save(
             self.model_name,
             self._version,
