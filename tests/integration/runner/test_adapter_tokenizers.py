@@ -226,6 +226,36 @@ def test_a_replaced_adapter_brings_its_template(
     assert prompt_of(runner, added) == BASES
 
 
+def test_a_request_is_answered_by_the_adapter_that_its_prompt_was_made_for(
+    runner: MLXModelRunner, adapter: Path, plain: Path, added: str
+) -> None:
+    running = runner._engine
+    runner.add_adapter(added, with_chatml(adapter))
+    first = running.adapters.find(added)
+    fields = {"max_tokens": 3, "n": 2, "adapter": added, "logit_bias": {str(IM_END): 100}}
+    asked = runner._tokenize(running, {"messages": ASKED, **fields}, None)
+    runner.add_adapter(added, plain, replace=True)
+    with asked.held:
+        prepared = runner._submit(running, asked)
+        runner.remove_adapter(added)
+    results = [one.result(TIMEOUT_S) for one in prepared.generations]
+    # `plain` has no such end token.
+    assert [one.finish_reason for one in results] == ["stop", "stop"]
+    assert first.num_users == 0
+    running.adapters.check()
+
+
+def test_what_cannot_be_answered_holds_no_adapter(runner: MLXModelRunner) -> None:
+    chatml = runner._engine.adapters.find("chatml")
+    for wrong in ({"max_tokens": 10**6}, {"tools": [function("now")], "max_tokens": 1}):
+        with pytest.raises(InvalidRequestError):
+            runner.predict({"messages": ASKED, "adapter": "chatml", **wrong})
+        assert chatml.num_users == 0
+    for future in (runner.embed("Hi", adapter="chatml"), runner.embed("Hi", adapter="nobody")):
+        assert future.exception(TIMEOUT_S) is not None
+    assert chatml.num_users == 0
+
+
 def test_of_many_tokenizers_few_are_kept(
     runner: MLXModelRunner, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
