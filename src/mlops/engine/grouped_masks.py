@@ -25,7 +25,8 @@ def fit_masks(model: Any, architecture: str | None) -> None:
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
             if isinstance(mask, mx.array) and mask.ndim == 4 and self.repeats > 1:
                 mask = mask[:, :, None]
-            return super().__call__(x, mask, cache)
+            computed: mx.array = super().__call__(x, mask, cache)
+            return computed
 
     for layer in model.layers:
         layer.self_attn.__class__ = GroupedAttention

@@ -90,8 +90,8 @@ class Room:
 class AdapterRegistry:
     """The adapters of one model.
 
-    `register`, `unregister`, `find`, `acquire`, `share`, `release`, `pin`, `names` and `describe` may be
-    called from any thread; what concerns memory is for the engine's owner thread.
+    `register`, `unregister`, `find`, `acquire`, `share`, `release`, `pin`, `names` and `describe`
+    may be called from any thread; what concerns memory is for the engine's owner thread.
 
     Args:
         budget_bytes: memory for adapters.
