@@ -272,18 +272,20 @@ class AdapterBanks:
         """What is written for each module, evaluated, so that nothing can fail halfway."""
         import mlx.core as mx
 
-        prepared = {}
+        prepared, is_finite = {}, {}
         for update in updates:
             name, dtype = update.name, self._dtypes[update.place]
-            written = self._layers[name].prepare(tensors[name], rank, dtype)
-            if not all(mx.isfinite(array).all().item() for array in written.arrays):
+            prepared[name] = written = self._layers[name].prepare(tensors[name], rank, dtype)
+            is_finite[name] = [mx.isfinite(array).all() for array in written.arrays]
+        mx.eval(is_finite)  # all at once: to wait for each takes longer than to compute it
+        for name, found in is_finite.items():
+            if not all(found):
                 raise _refusal(
                     f"the adapter {path} has values for {name} that are not finite, or too large "
                     "with its scale: it cannot be computed with",
                     path,
                     module=name,
                 )
-            prepared[name] = written
         return prepared
 
     def _find_base(self, name: str) -> nn.Module:
@@ -426,7 +428,11 @@ def _load_tensors(path: Path, info: AdapterInfo) -> dict[Path, dict[str, mx.arra
 
     files = {module.file for module in info.modules.values()}
     try:
-        return {file: cast("dict[str, mx.array]", mx.load(str(file))) for file in sorted(files)}
+        # The format is said: files of the hub's cache are called by their digest.
+        return {
+            file: cast("dict[str, mx.array]", mx.load(str(file), format="safetensors"))
+            for file in sorted(files)
+        }
     except (OSError, RuntimeError, ValueError) as exc:
         raise _refusal(f"the adapter {path} cannot be read: {exc}", path) from exc
 
