@@ -359,24 +359,21 @@ def served_all(base: Path, adapters: list[Path]) -> Served:
 
 
 @pytest.mark.parametrize("file", ["adapters.safetensors", "adapter_model.safetensors"])
+@in_owner
 def test_an_adapter_in_the_hubs_cache(tmp_path: Path, base: Path, file: str) -> None:
     write = (
         tiny_models.write_lora_adapter
         if file == "adapters.safetensors"
         else tiny_models.write_peft_adapter
     )
-    adapter = write(tmp_path / "snapshots" / "0f1e", base)
+    cache = tmp_path / "models--org--adapter"
+    adapter = write(cache / "snapshots" / "0f1e", base)
     plain = shutil.copytree(adapter, tmp_path / "plain")
     for at in (adapter / file, adapter / "adapter_config.json"):
-        blob = tmp_path / "blobs" / f"ab{len(at.name)}"  # called by a digest
+        blob = cache / "blobs" / f"ab{len(at.name)}"  # called by a digest
         blob.parent.mkdir(exist_ok=True)
         at.rename(blob)
         at.symlink_to(Path("..", "..", "blobs", blob.name))
-    check_adapter_in_cache(base, adapter, plain)
-
-
-@in_owner
-def check_adapter_in_cache(base: Path, adapter: Path, plain: Path) -> None:
     served = Served(base)
     in_cache, in_folder = served.load(adapter), served.load(plain)
     logits = served.logits([in_cache, in_folder, 0], np.resize(PROMPTS[0], (3, 4)))
