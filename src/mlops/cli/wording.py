@@ -30,9 +30,10 @@ _OPTIONS = {
     "tracking_uri": "MLFLOW_TRACKING_URI",
 }
 _SECTION = re.compile(rf"\b({'|'.join(_SECTIONS)})(\.| has no field)")
-# What stands in quotes or in a path is the user's own.
+# What stands in quotes or in a path is the user's own, and so is the name of a tensor
+# (`base_model.model.lm_head.weight`).
 _OPTION = re.compile(
-    r"(?<![\w.'\"/-])(" + "|".join(sorted(_OPTIONS, reverse=True)) + r")(?![\w'\"/-])"
+    r"(?<![\w.'\"/-])(" + "|".join(sorted(_OPTIONS, reverse=True)) + r")(?![\w'\"/-]|\.\w)"
 )
 
 

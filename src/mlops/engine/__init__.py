@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from mlops.engine.config import EngineConfig
 from mlops.engine.embedding import EmbeddingRequest, EmbeddingResult, tokenize_inputs
 from mlops.engine.fields import is_longer
+from mlops.engine.held_adapter import HeldAdapter
 from mlops.engine.loading import LoadedModel, load_model
 from mlops.engine.messages import Tools
 from mlops.engine.owner import (
@@ -67,6 +68,7 @@ __all__ = [
     "GenerationEvent",
     "GenerationRequest",
     "GenerationResult",
+    "HeldAdapter",
     "LoadedModel",
     "Sampling",
     "TextRequest",

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
         RowSlots,
     )
 
+ORDINARY = 10.0
+"""Of A and B, with the scale: trained ones have 0.01 to 1. Smaller ones overflow no float32."""
+
 SMALLEST_RANK = 4
 """Ranks are padded up to this or a power of two, so that few banks serve all adapters."""
 
@@ -71,10 +74,11 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Resident:
-    """One adapter in memory: where its tensors lie, and in which modules."""
+    """One adapter in memory: where its tensors lie, in which modules, and its largest value."""
 
     address: Address
     modules: tuple[str, ...]
+    largest: float
 
 
 class AdapterBanks:
@@ -167,7 +171,7 @@ class AdapterBanks:
                 adapter=name,
             )
         rank = _bank_rank(updates)
-        prepared = self._prepare(adapter.path, rank, updates, tensors)
+        prepared, largest = self._prepare(adapter.path, rank, updates, tensors)
         address = self._free_address(rank)
         for module, written in prepared.items():
             self._layers[module].banks.write(rank, address.position, written)
@@ -181,17 +185,22 @@ class AdapterBanks:
                 # it; mlx-lm changes both.
                 bank.input_only.add(address.position)
         slot = next(number for number in itertools.count(1) if number not in self._residents)
-        self._residents[slot] = _Resident(address, tuple(prepared))
+        self._residents[slot] = _Resident(address, tuple(prepared), largest)
         return slot
 
     def try_out(self, slot: int, adapter: Checkpoint) -> None:
         """Compute a few tokens with an adapter that was just loaded; unload it when that fails.
+
+        Nothing is computed for one with ordinary values: that may take longer than to load it, and
+        all rows wait. In float16, values that are ordinary can be too large together.
 
         Raises:
             PackagingError: its logits are not finite, though its tensors are: its scale is absurd.
         """
         from mlops.engine.finite import gives_finite_logits
 
+        if self._residents[slot].largest <= ORDINARY and "F16" not in self._base.dtypes:
+            return
         rows = self._in_use.rows
         self.use(self.select([slot]))
         is_fine = False
@@ -268,23 +277,30 @@ class AdapterBanks:
         rank: int,
         updates: Iterable[Update],
         tensors: Mapping[str, AdapterTensors],
-    ) -> dict[str, PositionTensors]:
-        """What is written for each module, evaluated, so that nothing can fail halfway."""
+    ) -> tuple[dict[str, PositionTensors], float]:
+        """What is written for each module, evaluated, so that nothing can fail halfway.
+
+        Returns:
+            That, and its largest value.
+        """
         import mlx.core as mx
 
-        prepared = {}
+        prepared, is_finite, largest = {}, {}, []
         for update in updates:
             name, dtype = update.name, self._dtypes[update.place]
-            written = self._layers[name].prepare(tensors[name], rank, dtype)
-            if not all(mx.isfinite(array).all().item() for array in written.arrays):
+            prepared[name] = written = self._layers[name].prepare(tensors[name], rank, dtype)
+            is_finite[name] = [mx.isfinite(array).all() for array in written.arrays]
+            largest += [mx.abs(array).max() for array in written.arrays]
+        mx.eval(is_finite, largest)  # all at once: to wait for each takes longer than to compute it
+        for name, found in is_finite.items():
+            if not all(found):
                 raise _refusal(
                     f"the adapter {path} has values for {name} that are not finite, or too large "
                     "with its scale: it cannot be computed with",
                     path,
                     module=name,
                 )
-            prepared[name] = written
-        return prepared
+        return prepared, float(mx.stack(largest).max())
 
     def _find_base(self, name: str) -> nn.Module:
         """The base model's layer of this name."""
@@ -426,7 +442,11 @@ def _load_tensors(path: Path, info: AdapterInfo) -> dict[Path, dict[str, mx.arra
 
     files = {module.file for module in info.modules.values()}
     try:
-        return {file: cast("dict[str, mx.array]", mx.load(str(file))) for file in sorted(files)}
+        # The format is said: files of the hub's cache are called by their digest.
+        return {
+            file: cast("dict[str, mx.array]", mx.load(str(file), format="safetensors"))
+            for file in sorted(files)
+        }
     except (OSError, RuntimeError, ValueError) as exc:
         raise _refusal(f"the adapter {path} cannot be read: {exc}", path) from exc
 

@@ -39,6 +39,7 @@ from mlops.engine.adapter_loading import AdapterLoader, Asking
 from mlops.engine.adapter_tokenizers import AdapterTokenizers
 from mlops.engine.config import EngineConfig
 from mlops.engine.embedding import Embedder, EmbeddingRequest, EmbeddingResult
+from mlops.engine.held_adapter import HeldAdapter
 from mlops.engine.layout import MEMORY_SHARE
 from mlops.engine.loading import LoadedModel
 from mlops.engine.owner import (
@@ -136,8 +137,12 @@ class Engine:
 
     # What clients call.
 
-    def submit(self, request: GenerationRequest) -> Generation:
+    def submit(self, request: GenerationRequest, held: HeldAdapter | None = None) -> Generation:
         """Queue one request; returns at once.
+
+        Args:
+            held: what the request's adapter meant when its prompt was made; by default what it
+                means now.
 
         Raises:
             AdapterNotFoundError: no adapter has the request's name.
@@ -147,7 +152,7 @@ class Engine:
             EngineShutdownError: the engine is closed.
         """
         self._check_memory(request)
-        adapter = None if request.adapter is None else self.adapters.acquire(request.adapter)
+        adapter = self._acquire(request.adapter, held)
         try:
             sequence = self._begin(request, adapter)
             self._queue(sequence)
@@ -158,6 +163,16 @@ class Engine:
         self._statistics.on_submit(request.adapter)
         self._schedule()
         return sequence.generation
+
+    def hold(self, adapter: str | None) -> HeldAdapter:
+        """What this name means now, for a request that is being made; to be released.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+        """
+        return HeldAdapter(
+            self.adapters, adapter, load=self._loaded_for, on_release=self._unload_replaced
+        )
 
     def loaded_for(self, adapter: str | None) -> LoadedModel:
         """The model as requests for this adapter see it: with its tokenizer and templates.
@@ -179,12 +194,16 @@ class Engine:
         return files is None or self._tokenizers.has(files)
 
     def embed(
-        self, request: EmbeddingRequest, future: Future[EmbeddingResult] | None = None
+        self,
+        request: EmbeddingRequest,
+        future: Future[EmbeddingResult] | None = None,
+        held: HeldAdapter | None = None,
     ) -> Future[EmbeddingResult]:
         """Queue texts to be made vectors; returns at once.
 
         Args:
             future: what to put the result into; a new one by default.
+            held: as in `submit`.
 
         Returns:
             The future: gets the result, or the error that ended the request. To cancel it is to
@@ -200,7 +219,7 @@ class Engine:
         with self._lock:
             if self._is_closed:
                 raise EngineShutdownError("the engine is closed")
-            self._embedder.add(request, future)
+            self._embedder.add(request, future, lambda: self._acquire(request.adapter, held))
             self._idle.clear()
         self._schedule()
         return future
@@ -321,6 +340,15 @@ class Engine:
             frozenset(end_tokens) | frozenset(request.stop_token_ids),
             None if request.grammar is None else loaded.guidance.start(request.grammar),
         )
+
+    def _acquire(self, name: str | None, held: HeldAdapter | None) -> Adapter | None:
+        if held is not None:
+            return held.share()
+        return None if name is None else self.adapters.acquire(name)
+
+    def _unload_replaced(self) -> None:
+        if self.adapters.drained():
+            self._schedule()
 
     def _queue(self, sequence: Sequence) -> None:
         with self._lock:

@@ -294,11 +294,17 @@ class Embedder:
         """Counts since the start, and `running`: requests that are there now."""
         return {**self._counts, "running": self.num_requests}
 
-    def add(self, request: EmbeddingRequest, future: Future[EmbeddingResult]) -> None:
+    def add(
+        self,
+        request: EmbeddingRequest,
+        future: Future[EmbeddingResult],
+        acquire: Callable[[], Adapter | None],
+    ) -> None:
         """Queue a request.
 
         Args:
             future: gets the result or the error; to cancel it is to give the request up.
+            acquire: gives its adapter, held once more.
 
         Raises:
             AdapterNotFoundError: no adapter has the request's name.
@@ -310,7 +316,7 @@ class Embedder:
         self._check_dimensions(request.dimensions)
         self._check_memory(max(lengths))
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-        adapter = None if request.adapter is None else self._adapters.acquire(request.adapter)
+        adapter = acquire()
         job = _Job(
             request,
             adapter,

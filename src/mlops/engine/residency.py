@@ -90,8 +90,8 @@ class Room:
 class AdapterRegistry:
     """The adapters of one model.
 
-    `register`, `unregister`, `find`, `acquire`, `release`, `pin`, `names` and `describe` may be
-    called from any thread; what concerns memory is for the engine's owner thread.
+    `register`, `unregister`, `find`, `acquire`, `share`, `release`, `pin`, `names` and `describe`
+    may be called from any thread; what concerns memory is for the engine's owner thread.
 
     Args:
         budget_bytes: memory for adapters.
@@ -202,6 +202,17 @@ class AdapterRegistry:
             adapter.num_users += 1
             self._touch(adapter)
             return adapter
+
+    def share(self, adapter: Adapter) -> None:
+        """One more user of an adapter that somebody holds, whatever its name means by now.
+
+        Raises:
+            EngineError: nobody holds it.
+        """
+        with self._lock:
+            if adapter.num_users == 0:
+                raise EngineError(f"nobody holds the adapter {adapter.name!r}")
+            adapter.num_users += 1
 
     def release(self, adapter: Adapter) -> None:
         """Give back what `acquire` gave, once for each time.

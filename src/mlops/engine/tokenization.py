@@ -2,7 +2,8 @@
 
 mlx-lm loads it. What is added here: templates that have names, the form of calls from the one that
 requests with functions are rendered with, and every end token. An adapter's own is read in the same
-way, over its base model's files, and must name the base's tokens as the base does.
+way, over its base model's files, and must name the base's tokens as the base does; but added ones
+may have other names, as trainers give to reserved ones.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def load_adapter_tokenizer(
         num_rows: of the base's embedding; None when that is not known.
 
     Raises:
-        PackagingError: it cannot be read, has other ids for the base's tokens, or has tokens that
-            the base has no rows for.
+        PackagingError: it cannot be read, has other ids for the base's tokens, has tokens that
+            the base has no rows for, or a template with the old name of one that it renames.
     """
     base_files = find_tokenizer_files(base.path)
     links = {"config.json": base.path / "config.json", **files.over(base_files)}
@@ -110,9 +111,16 @@ def load_adapter_tokenizer(
             link.symlink_to(target)
         tokenizer = _read(Path(temporary), files.path)
     _check_ids(tokenizer, files)
-    _check_same_tokens(files.path, tokenizer, base_tokenizer, num_rows)
+    renamed = _find_renamed(tokenizer, base_tokenizer)
+    _check_same_tokens(files.path, tokenizer, base_tokenizer, renamed, num_rows)
     _complete(tokenizer, files, base_files, base_tokenizer)
-    return _with_end_tokens(tokenizer, base, files, base_files, num_rows)
+    _check_template(files.path, tokenizer, renamed)
+    loaded = _with_end_tokens(tokenizer, base, files, base_files, num_rows)
+    if not renamed:
+        return loaded
+    names = examples([f"{own} for {name}" for name, own in renamed.items()])
+    warning = f"{files.path}: its requests have other names for added tokens of the base: {names}"
+    return LoadedTokenizer(tokenizer, (*loaded.warnings, warning))
 
 
 def _read(folder: Path, path: Path) -> Any:
@@ -233,9 +241,43 @@ def _try_templates(tokenizer: Any) -> list[str]:
     return warnings
 
 
-def _check_same_tokens(path: Path, own: Any, base: Any, num_rows: int | None) -> None:
+def _find_renamed(own: Any, base: Any) -> dict[str, str]:
+    """The base's added tokens that have another name here, and the same id: old name to new.
+
+    Neither name is one of the other's tokens: nothing has changed places.
+    """
+    tokens, known, added = own.get_vocab(), base.get_vocab(), own.added_tokens_decoder
+    return {
+        token.content: added[number].content
+        for number, token in base.added_tokens_decoder.items()
+        if number in added and token.content not in tokens and added[number].content not in known
+    }
+
+
+def _check_template(path: Path, tokenizer: Any, renamed: Mapping[str, str]) -> None:
+    """Refuse a template with the old name of a token: it would be spelled out, letter by letter."""
+    told = tokenizer.chat_template or ""
+    text = "".join(told.values()) if isinstance(told, dict) else told
+    if wrong := [name for name in renamed if name in text]:
+        raise refusal(
+            f"the adapter {path} has other names for its base model's tokens, and the chat "
+            f"template of its requests has the old ones ({examples(wrong)}); add the template that "
+            "it was trained with, as chat_template.jinja",
+            path,
+            "load_tokenizer",
+            tokens=wrong[:10],
+        )
+
+
+def _check_same_tokens(
+    path: Path, own: Any, base: Any, renamed: Mapping[str, str], num_rows: int | None
+) -> None:
     tokens, known = own.get_vocab(), base.get_vocab()
-    wrong = [token for token, number in known.items() if tokens.get(token) != number]
+    wrong = [
+        token
+        for token, number in known.items()
+        if tokens.get(token) != number and token not in renamed
+    ]
     if wrong:
         raise refusal(
             f"the adapter {path} has another tokenizer than its base model: {len(wrong)} of "

@@ -6,6 +6,7 @@ References are mlx-lm's unfused adapters, in float32, over the same batch.
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,29 @@ def served_all(base: Path, adapters: list[Path]) -> Served:
         return served
 
     return run_in_owner(load)
+
+
+@pytest.mark.parametrize("file", ["adapters.safetensors", "adapter_model.safetensors"])
+@in_owner
+def test_an_adapter_in_the_hubs_cache(tmp_path: Path, base: Path, file: str) -> None:
+    write = (
+        tiny_models.write_lora_adapter
+        if file == "adapters.safetensors"
+        else tiny_models.write_peft_adapter
+    )
+    cache = tmp_path / "models--org--adapter"
+    adapter = write(cache / "snapshots" / "0f1e", base)
+    plain = shutil.copytree(adapter, tmp_path / "plain")
+    for at in (adapter / file, adapter / "adapter_config.json"):
+        blob = cache / "blobs" / f"ab{len(at.name)}"  # called by a digest
+        blob.parent.mkdir(exist_ok=True)
+        at.rename(blob)
+        at.symlink_to(Path("..", "..", "blobs", blob.name))
+    served = Served(base)
+    in_cache, in_folder = served.load(adapter), served.load(plain)
+    logits = served.logits([in_cache, in_folder, 0], np.resize(PROMPTS[0], (3, 4)))
+    np.testing.assert_allclose(logits[0], logits[1], **CLOSE)
+    assert not np.allclose(logits[0], logits[2], **CLOSE)
 
 
 @in_owner

@@ -14,7 +14,9 @@ from starlette.testclient import TestClient
 import tiny_models
 from embedding_models import write_embedding_model
 from mlops import engine
+from mlops.checkpoints import recognise
 from mlops.engine import adapter_tokenizers
+from mlops.engine.tokenization import check_adapter_tokenizer
 from mlops.errors import InvalidRequestError, PackagingError
 from mlops.serving.bentoml.packager import package_model
 from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
@@ -226,6 +228,36 @@ def test_a_replaced_adapter_brings_its_template(
     assert prompt_of(runner, added) == BASES
 
 
+def test_a_request_is_answered_by_the_adapter_that_its_prompt_was_made_for(
+    runner: MLXModelRunner, adapter: Path, plain: Path, added: str
+) -> None:
+    running = runner._engine
+    runner.add_adapter(added, with_chatml(adapter))
+    first = running.adapters.find(added)
+    fields = {"max_tokens": 3, "n": 2, "adapter": added, "logit_bias": {str(IM_END): 100}}
+    asked = runner._tokenize(running, {"messages": ASKED, **fields}, None)
+    runner.add_adapter(added, plain, replace=True)
+    with asked.held:
+        prepared = runner._submit(running, asked)
+        runner.remove_adapter(added)
+    results = [one.result(TIMEOUT_S) for one in prepared.generations]
+    # `plain` has no such end token.
+    assert [one.finish_reason for one in results] == ["stop", "stop"]
+    assert first.num_users == 0
+    running.adapters.check()
+
+
+def test_what_cannot_be_answered_holds_no_adapter(runner: MLXModelRunner) -> None:
+    chatml = runner._engine.adapters.find("chatml")
+    for wrong in ({"max_tokens": 10**6}, {"tools": [function("now")], "max_tokens": 1}):
+        with pytest.raises(InvalidRequestError):
+            runner.predict({"messages": ASKED, "adapter": "chatml", **wrong})
+        assert chatml.num_users == 0
+    for future in (runner.embed("Hi", adapter="chatml"), runner.embed("Hi", adapter="nobody")):
+        assert future.exception(TIMEOUT_S) is not None
+    assert chatml.num_users == 0
+
+
 def test_of_many_tokenizers_few_are_kept(
     runner: MLXModelRunner, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,10 +285,58 @@ def other_ids(folder: Path) -> None:
     write(folder / "tokenizer.json", tokenizer)
 
 
-def renamed_tokens(folder: Path) -> None:
-    write_tokenizer(folder)
-    text = (folder / "tokenizer.json").read_text().replace("<|start|>", "<|begin|>")
+def rename_start(folder: Path, name: str = "<|begin|>", **settings: Any) -> None:
+    write_tokenizer(folder, **settings)
+    text = (folder / "tokenizer.json").read_text().replace("<|start|>", name)
     (folder / "tokenizer.json").write_text(text)
+
+
+def renamed_token_in_the_template(folder: Path) -> None:
+    rename_start(folder)
+
+
+def renamed_token_in_the_bases_template(folder: Path) -> None:
+    rename_start(folder, templates=None)
+
+
+def swapped_tokens(folder: Path) -> None:
+    rename_start(folder, "<|pad>", templates=TEMPLATE)
+    text = (folder / "tokenizer.json").read_text()
+    text = text.replace("<|pad|>", "<|start|>").replace("<|pad>", "<|pad|>")
+    (folder / "tokenizer.json").write_text(text)
+
+
+def renamed_letter(folder: Path) -> None:
+    write_tokenizer(folder, templates=TEMPLATE)
+    tokenizer = read(folder / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ab"] = vocabulary.pop("a")
+    write(folder / "tokenizer.json", tokenizer)
+
+
+def test_an_added_token_may_have_another_name_and_its_old_id(
+    runner: MLXModelRunner, base: Path, adapter: Path, added: str
+) -> None:
+    template = "{% for m in messages %}<|begin|>{{ m.content }}{% endfor %}"
+    rename_start(adapter, templates=template)
+    (warning,) = check_adapter_tokenizer(recognise(adapter), recognise(base))
+    assert warning.endswith("other names for added tokens of the base: <|begin|> for <|start|>")
+    runner.add_adapter(added, adapter)
+    asked = {"messages": ASKED, "max_tokens": 2, "logit_bias": {"257": 100}}
+    said = runner.predict({**asked, "adapter": added})
+    assert said["usage"]["prompt_tokens"] == 1 + len("Hi")
+    assert runner.token_bytes([257], added) == [b"<|begin|>"]
+    assert runner.token_bytes([257]) == [b"<|start|>"]
+    # The prompt is that of the base's own name.
+    prompts = [
+        engine.to_generation_request(
+            runner._engine.loaded_for(name),
+            engine.parse_request({"prompt": f"{token}Hi", "max_tokens": 1}),
+            adapter=name,
+        ).prompt
+        for name, token in ((added, "<|begin|>"), (None, "<|start|>"))
+    ]
+    assert prompts[0] == prompts[1] == (257, *prompts[1][1:])
 
 
 def too_many_tokens(folder: Path) -> None:
@@ -282,7 +362,10 @@ def no_json(folder: Path) -> None:
 
 WRONG = {
     other_ids: "another tokenizer than its base model: 2 of 259 tokens have another id or none",
-    renamed_tokens: r"1 of 259 tokens have another id or none \(<\|start\|>\)",
+    renamed_token_in_the_template: r"template of its requests has the old ones \(<\|start\|>\)",
+    renamed_token_in_the_bases_template: r"has the old ones \(<\|start\|>\)",
+    swapped_tokens: "2 of 259 tokens have another id or none",
+    renamed_letter: r"1 of 259 tokens have another id or none \(a\)",
     too_many_tokens: r"has no rows for \(<61>; the embedding has 320\)",
     damaged: "the tokenizer of .*adapter cannot be loaded",
     damaged_settings: "tokenizer_config.json is not valid JSON",

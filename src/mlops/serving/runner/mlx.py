@@ -215,8 +215,13 @@ class MLXModelRunner:
         """
         running, used = self._engine, self._adapter_of(adapter)
         answer: Future[engine.EmbeddingResult] = Future()
+        try:
+            held = running.hold(used)
+        except Exception as exc:
+            answer.set_exception(engine.to_exception(exc))
+            return answer
         asked = _AskedEmbeddings(
-            self._tokenize_inputs(running, inputs, used), used, dimensions, deadline_s
+            held, self._tokenize_inputs(held, inputs), used, dimensions, deadline_s
         )
         lane = self._lane_for(running, _longest(inputs), used)
         lane.submit(self._begin_embedding, running, asked, answer, lane)
@@ -473,73 +478,68 @@ class MLXModelRunner:
         is_long = not is_quick or engine.is_longer(asked, LONG_PROMPT)
         return self._tokenizing_long if is_long else self._tokenizing
 
-    def _tokenize_inputs(
-        self, running: engine.Engine, inputs: Any, adapter: str | None
-    ) -> Iterator[tuple[int, ...]]:
+    def _tokenize_inputs(self, held: engine.HeldAdapter, inputs: Any) -> Iterator[tuple[int, ...]]:
         """Texts for embeddings, in the thread that asks for the first one."""
         yield from engine.tokenize_inputs(
-            running.loaded_for(adapter),
+            held.loaded,
             inputs,
             max_prompt_tokens=self.engine_config.max_prompt_tokens,
         )
 
     def _prepare(self, running: engine.Engine, input_data: Input) -> Prepared:
         """Check, tokenize and submit a request."""
-        checked = self._tokenize(running, input_data, None)
-        return self._submit(running, *checked)
+        asked = self._tokenize(running, input_data, None)
+        with asked.held:
+            return self._submit(running, asked)
 
     def _begin_text(self, asked: _AskedText) -> None:
         """Check and tokenize; a grammar, if there is one, is for another thread."""
         if asked.answer.cancelled():
             return
         with asked.failing():
-            request, generation = self._tokenize(asked.running, asked.input_data, asked.deadline_s)
-            if engine.may_need_grammar(request):
-                self._grammars.submit(self._finish_text, asked, request, generation)
+            tokenized = self._tokenize(asked.running, asked.input_data, asked.deadline_s)
+            if engine.may_need_grammar(tokenized.request):
+                self._grammars.submit(self._finish_text, asked, tokenized)
             else:
-                self._finish_text(asked, request, generation)
+                self._finish_text(asked, tokenized)
 
-    def _finish_text(
-        self,
-        asked: _AskedText,
-        request: engine.TextRequest,
-        generation: engine.GenerationRequest,
-    ) -> None:
-        if asked.answer.cancelled():
-            return
-        with asked.failing():
-            asked.succeed(self._submit(asked.running, request, generation))
+    def _finish_text(self, asked: _AskedText, tokenized: _Tokenized) -> None:
+        with tokenized.held, asked.failing():
+            if not asked.answer.cancelled():
+                asked.succeed(self._submit(asked.running, tokenized))
 
     def _tokenize(
         self, running: engine.Engine, input_data: Input, deadline_s: float | None
-    ) -> tuple[engine.TextRequest, engine.GenerationRequest]:
+    ) -> _Tokenized:
+        """Check a request and make its prompt; the adapter stays held."""
         request = engine.parse_request(input_data)
         if request.n > self.max_choices:
             raise InvalidRequestError(
                 f"n must be from 1 to {self.max_choices} in this service, not {request.n}", "n"
             )
         adapter = request.adapter if request.names_adapter else self.default_adapter
-        return request, engine.to_generation_request(
-            running.loaded_for(adapter),
-            request,
-            adapter=adapter,
-            deadline_s=deadline_s,
-            max_prompt_tokens=self.engine_config.max_prompt_tokens,
-        )
+        held = running.hold(adapter)
+        try:
+            generation = engine.to_generation_request(
+                held.loaded,
+                request,
+                adapter=adapter,
+                deadline_s=deadline_s,
+                max_prompt_tokens=self.engine_config.max_prompt_tokens,
+            )
+        except BaseException:
+            held.release()
+            raise
+        return _Tokenized(request, generation, held)
 
-    def _submit(
-        self,
-        running: engine.Engine,
-        request: engine.TextRequest,
-        generation: engine.GenerationRequest,
-    ) -> Prepared:
+    def _submit(self, running: engine.Engine, asked: _Tokenized) -> Prepared:
         """Compile the grammar, if there is one, and submit each choice."""
-        loaded = running.loaded_for(generation.adapter)
-        generation = engine.add_grammar(loaded, request, generation)
+        request, loaded = asked.request, asked.held.loaded
+        generation = engine.add_grammar(loaded, request, asked.generation)
         prepared = Prepared(generation, make_reader=_reader_of(loaded, request.tools))
         try:
             for choice in engine.split_choices(generation, request.n):
-                prepared.generations.append(running.submit(choice))
+                prepared.generations.append(running.submit(choice, asked.held))
         except MLOpsError:
             prepared.cancel()
             raise
@@ -559,14 +559,16 @@ class MLXModelRunner:
                 asked.tokenized.append(ids)
                 num_tokens += len(ids)
                 if answer.cancelled():
-                    return
+                    break
                 if num_tokens > TOKENIZED_AT_ONCE:
                     lane.submit(self._begin_embedding, running, asked, answer, lane)
                     return
-            running.embed(asked.to_request(), answer)
+            if not answer.cancelled():
+                running.embed(asked.to_request(), answer, asked.held)
         except BaseException as exc:  # a tokenizer may raise what is no Exception
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(engine.to_exception(exc))
+        asked.held.release()
 
     def _wait(self, running: engine.Engine, prepared: Prepared) -> Prediction:
         results = [running.wait(generation) for generation in prepared.generations]
@@ -735,13 +737,28 @@ class _AskedText:
 
 
 @dataclass(frozen=True)
+class _Tokenized:
+    """A request for text with its prompt.
+
+    Attributes:
+        held: its adapter, to be released once the engine has the request.
+    """
+
+    request: engine.TextRequest
+    generation: engine.GenerationRequest
+    held: engine.HeldAdapter
+
+
+@dataclass(frozen=True)
 class _AskedEmbeddings:
     """A request for embeddings, while it is tokenized.
 
     Attributes:
+        held: its adapter, to be released once the engine has the request.
         inputs: gives the token ids of the next text.
     """
 
+    held: engine.HeldAdapter
     inputs: Iterator[tuple[int, ...]]
     adapter: str | None
     dimensions: int | None
