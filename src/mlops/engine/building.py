@@ -110,7 +110,7 @@ class _Build:
                 return weights
 
             def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
-                given = build.without_copy(self, dict(weights))
+                given = build.without_copy(self, _without_wavelengths(dict(weights)))
                 build.check_tensors(self, given)
                 return super().load_weights(list(given.items()), strict)
 
@@ -226,6 +226,12 @@ class _Build:
         return refusal(
             message, self.checkpoint.path, "build_model", architecture=architecture, **details
         )
+
+
+def _without_wavelengths(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Without the wavelengths of rotary embeddings, which old versions of transformers saved too:
+    they follow from the settings, and no class of mlx-lm reads them."""
+    return {name: array for name, array in weights.items() if not name.endswith("_emb.inv_freq")}
 
 
 def odd_settings(config: Mapping[str, Any]) -> list[str]:

@@ -373,6 +373,13 @@ def test_a_copy_of_the_embedding_is_no_output_layer(tmp_path: Path, architecture
     assert check_loads(found) == []
 
 
+def test_wavelengths_that_were_saved_are_no_weights(tmp_path: Path) -> None:
+    folder = tiny_models.write_language_model(tmp_path, architecture="qwen3_moe")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write_tensors(folder, read_tensors(folder) | {name: np.ones(8, np.float32)})
+    assert check_loads(recognise(folder)) == []
+
+
 def test_an_output_layer_of_its_own_is_computed_with(tmp_path: Path) -> None:
     """As transformers 5 does, whatever tie_word_embeddings says."""
     tied, own = (write_tied(tmp_path / str(factor), factor=factor) for factor in (1.0, 2.0))
