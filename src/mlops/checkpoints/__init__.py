@@ -37,7 +37,7 @@ Only names and headers are read; no weights are loaded and no framework is impor
 
 from __future__ import annotations
 
-from mlops.checkpoints.adapter_fit import check_adapter_fits, updates_in_base
+from mlops.checkpoints.adapter_fit import check_adapter_fits, check_copies, updates_in_base
 from mlops.checkpoints.adapter_names import ModuleNames
 from mlops.checkpoints.adapter_values import adapter_delta_is_zero, check_finite
 from mlops.checkpoints.checkpoint import (
@@ -78,6 +78,7 @@ __all__ = [
     "Update",
     "adapter_delta_is_zero",
     "check_adapter_fits",
+    "check_copies",
     "check_finite",
     "describe_quantization",
     "find_tokenizer_files",

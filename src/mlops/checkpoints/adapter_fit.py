@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mlops.checkpoints.adapter_names import ModuleNames, layer_of, stem
-from mlops.checkpoints.adapter_values import have_same_bytes
+from mlops.checkpoints.adapter_values import have_same_bytes, is_copy
 from mlops.checkpoints.checkpoint import (
     AdapterInfo,
     AdapterModule,
@@ -31,6 +31,34 @@ OPERATION = "check_adapter_fits"
 def check_adapter_fits(adapter: Checkpoint, base: Checkpoint) -> None:
     """Raise `PackagingError` when the adapter does not fit the base, going by its weight files."""
     updates_in_base(adapter, base)
+
+
+def check_copies(adapter: Checkpoint, base: Checkpoint) -> None:
+    """Raise `PackagingError` unless what an adapter has of its base is as it is there.
+
+    Reads both: a second for the embedding of a large model.
+    """
+    info = _check_kinds(adapter, base)
+    stored = stored_modules(base)
+    for module, key in info.copies.items():
+        name = stored.names.find(module)
+        if name is None and stem(module) == "lm_head":  # the embedding, of which there is one
+            name = next(iter(stored.embeddings), None)
+        original = base.tensors.get(f"{name}.weight")
+        file = adapter.path / adapter.weight_files[0]
+        if original is None or not is_copy(
+            file, adapter.tensors[key], base.path / original.file, original
+        ):
+            raise refusal(
+                f"the adapter {adapter.path} has a layer of its base, {key}, which is not as it is "
+                f"in {base.path}: it was trained or resized too, or the base is stored in another "
+                "type; save the adapter with save_embedding_layers=False if it was not changed, "
+                "else merge it into its model",
+                adapter.path,
+                OPERATION,
+                base=str(base.path),
+                tensors=[key],
+            )
 
 
 def updates_in_base(

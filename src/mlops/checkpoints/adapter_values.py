@@ -82,16 +82,39 @@ def have_same_bytes(path: Path, one: TensorInfo, other: TensorInfo) -> bool:
     )
 
 
+def is_copy(path: Path, tensor: TensorInfo, source: Path, original: TensorInfo) -> bool:
+    """True when a tensor of one file has the values of another file's, of its type or, where that
+    is bfloat16, in float32."""
+    if tensor.shape != original.shape:
+        return False
+    wider = (tensor.dtype, original.dtype) == ("F32", "BF16")
+    if tensor.dtype != original.dtype and not wider:
+        return False
+    chunks = _chunks(path, tensor)
+    originals = _chunks(source, original, _CHUNK_BYTES // 2 if wider else _CHUNK_BYTES)
+    return all(
+        _widened(theirs) == mine if wider else theirs == mine
+        for mine, theirs in zip(chunks, originals, strict=True)
+    )
+
+
+def _widened(chunk: bytes) -> bytes:
+    """bfloat16 as float32: the same number, with two bytes of zeros below."""
+    wide = bytearray(2 * len(chunk))
+    wide[2::4], wide[3::4] = chunk[::2], chunk[1::2]
+    return bytes(wide)
+
+
 def _table(bits: int) -> bytes:
     """For `bytes.translate`: 1 for bytes in which all of these bits are set, else 0."""
     return bytes(byte & bits == bits for byte in range(256))
 
 
-def _chunks(path: Path, tensor: TensorInfo) -> Iterator[bytes]:
+def _chunks(path: Path, tensor: TensorInfo, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
     """A tensor's bytes, each time a whole number of elements."""
     if not tensor.nbytes:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         end = tensor.offset + tensor.nbytes
-        for start in range(tensor.offset, end, _CHUNK_BYTES):
-            yield view[start : min(start + _CHUNK_BYTES, end)]
+        for start in range(tensor.offset, end, size):
+            yield view[start : min(start + size, end)]

@@ -37,6 +37,8 @@ FLOATS = ("F32", "F16", "BF16")
 LARGEST_SCALE = 1e4
 """Of an adapter, alpha over rank: trained ones have 0.1 to some 100."""
 
+_COPY = ".base_layer.weight"
+
 _MLX_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 _PEFT_KEY = re.compile(
     # A layer of PyTorch has a `weight`; a parameter is called by the adapter's name alone.
@@ -187,6 +189,10 @@ def _read_peft(
     path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo], file: Path
 ) -> tuple[AdapterInfo, tuple[str, ...]]:
     settings = PeftConfig(path, config)
+    copies = {
+        clean_name(name.removesuffix(_COPY)): name for name in tensors if name.endswith(_COPY)
+    }
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies.values()}
     modules = read_parameters(
         path,
         config.get("target_parameters") or [],
@@ -196,7 +202,7 @@ def _read_peft(
     )
     base = _text(config.get("base_model_name_or_path"))
     kind = "dora" if settings.is_dora else "lora"
-    return AdapterInfo("peft", kind, base, modules), settings.warnings
+    return AdapterInfo("peft", kind, base, modules, copies), settings.warnings
 
 
 def _pair(source: _Tensors) -> dict[str, AdapterModule]:

@@ -157,12 +157,15 @@ class AdapterInfo:
         fine_tune_type: `lora` or `dora`.
         base_model: what the adapter names as its base: a path, a hub id, or None.
         modules: by module name.
+        copies: names of tensors that are copies of the base's weights, by module name. PEFT saves
+            them beside an adapter of an embedding or an output layer.
     """
 
     format: str
     fine_tune_type: str
     base_model: str | None
     modules: Mapping[str, AdapterModule]
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:

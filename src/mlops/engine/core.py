@@ -32,7 +32,7 @@ from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
-from mlops.checkpoints import Checkpoint
+from mlops.checkpoints import Checkpoint, check_copies
 from mlops.counts import count
 from mlops.engine import kv
 from mlops.engine.adapter_loading import AdapterLoader, Asking
@@ -258,6 +258,7 @@ class Engine:
             PackagingError: it is not an adapter, or does not fit the base model.
             EngineError: the name cannot be used.
         """
+        check_copies(checkpoint, self.loaded.checkpoint)
         tokenizer = self._tokenizers.files_of(checkpoint)
         self.adapters.register(
             name,

@@ -21,7 +21,7 @@ import pytest
 import tiny_models
 import transformers_forms
 from engines import running, tokens_of
-from mlops.checkpoints import ModuleNames, recognise
+from mlops.checkpoints import ModuleNames, check_copies, recognise
 from mlops.engine import GenerationRequest, load_model
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError
@@ -133,6 +133,16 @@ CASES = {
     ),
     "saved-some-layers": Case(saved={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "saved-lm-head": Case(saved={"target_modules": ["q_proj", "lm_head"]}),
+    "saved-with-copies": Case(
+        saved={"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        save_embedding_layers="auto",
+    ),
+    "saved-with-copies-tied": Case(
+        "qwen3",
+        saved={"target_modules": ["lm_head"]},
+        tied=True,
+        save_embedding_layers="auto",
+    ),
     "saved-embedding": Case(saved={"target_modules": ["q_proj", "embed_tokens"]}),
     "saved-tied-embedding": Case("qwen3", saved={"target_modules": ["embed_tokens"]}, tied=True),
     "base-mixtral": Case("mixtral"),
@@ -186,9 +196,6 @@ REFUSED = {
     # PEFT has a magnitude for each column of an embedding, mlx-lm one for each row.
     "32 magnitudes for model.embed_tokens": Case(
         saved={"target_modules": ["embed_tokens"], "use_dora": True}
-    ),
-    "embed_tokens.base_layer": Case(
-        saved={"target_modules": ["embed_tokens"]}, save_embedding_layers="auto"
     ),
     "down_proj .*is square": Case(
         "qwen3_moe", saved={"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}
@@ -482,6 +489,27 @@ def test_parameters_as_older_versions_of_peft_lay_them_out(
     save_file(tensors, older / "adapter_model.safetensors", metadata={"format": "pt"})
     ours = our_logits(reference.base, older, PROMPT)
     np.testing.assert_allclose(ours, reference.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "copies" in name])
+def test_copies_of_the_bases_layers_are_compared(
+    references: dict[str, Reference], tmp_path: Path, name: str
+) -> None:
+    """PEFT's default writes them; when the layer was trained or resized, they are no copies."""
+    reference = references[name]
+    assert reference.adapter is not None
+    base = recognise(reference.base)
+    assert recognise(reference.adapter).adapter.copies  # type: ignore[union-attr]
+    check_copies(recognise(reference.adapter), base)
+    from safetensors.numpy import load_file, save_file
+
+    changed = Path(shutil.copytree(reference.adapter, tmp_path / "changed"))
+    tensors = load_file(changed / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("base_layer.weight"))
+    tensors[key][-1, -1] += 1
+    save_file(tensors, changed / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PackagingError, match="which is not as it is in .*save_embedding_layers"):
+        check_copies(recognise(changed), base)
 
 
 @pytest.mark.parametrize("reason", REFUSED)

@@ -233,7 +233,7 @@ def test_a_peft_adapter_without_alpha(tmp_path: Path, alpha: Any) -> None:
     "stranger",
     [
         "base_model.model.lm_head.weight",
-        "base_model.model.lm_head.base_layer.weight",
+        "base_model.model.lm_head.base_layer.bias",
         f"{PEFT_Q}.lora_B.bias",
         f"{PEFT_Q}.lora_magnitude_vector",
         "nonsense",
@@ -282,7 +282,7 @@ def test_tensors_that_were_not_gathered(tmp_path: Path, part: str, empty: tuple[
     ("strangers", "hint"),
     [
         ([f"{PEFT_Q}.lora_B.bias"], "biases are not supported"),
-        (["base_model.model.model.embed_tokens.base_layer.weight"], "save_embedding_layers=False"),
+        (["base_model.model.lm_head.base_layer.bias"], "save_embedding_layers=False"),
         (["base_model.model.lm_head.weight"], "they are whole weights"),
         ([f"{PEFT_Q}.lora_magnitude_vector"], "does not say that the adapter is one"),
     ],

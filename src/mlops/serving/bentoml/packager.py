@@ -22,6 +22,7 @@ from mlops.checkpoints import (
     CheckpointKind,
     adapter_delta_is_zero,
     check_adapter_fits,
+    check_copies,
     check_finite,
     left_out,
     recognise,
@@ -592,6 +593,7 @@ def _check_adapter(adapter: ResolvedModel) -> None:
     if adapter.base is None:
         return
     check_adapter_fits(adapter.checkpoint, adapter.base.checkpoint)
+    check_copies(adapter.checkpoint, adapter.base.checkpoint)
     check_finite(adapter.checkpoint)
     if adapter_delta_is_zero(adapter.checkpoint):
         raise PackagingError(
