@@ -61,22 +61,42 @@ def use_cpu_layers(model: nn.Module) -> int:
     """Replace what is slow on a CPU; says how many layers. Weights must be float32."""
     replaced = 0
     rotations: list[Rotation] = []
+    tried: dict[tuple[Any, ...], bool] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, SwitchGLU) and isinstance(layer.activation, SwiGLU):
             layer.activation = FastSwiGLU()
             replaced += 1
             continue
-        fast: nn.Module | None = None
+        fast: nn.Module
         if _looks_gated(layer):
             fast = FastGatedMLP(layer)
-            is_same = _is_same(layer, fast)
+            kind, is_same = _kind(layer), _is_same
         elif (type(layer).__module__, type(layer).__name__) in ATTENTION_LAYERS:
-            fast = FastAttention(layer, _share_rotation(layer, rotations))
-            is_same = _attends_alike(layer, fast)
-        if fast is not None and is_same:
+            rotation = _share_rotation(layer, rotations)
+            fast = FastAttention(layer, rotation)
+            kind, is_same = (*_kind(layer), rotations.index(rotation)), _attends_alike
+        else:
+            continue
+        if kind not in tried:
+            tried[kind] = is_same(layer, fast)
+        if tried[kind]:
             model.update_modules(tree_unflatten([(name, fast)]))
             replaced += 1
     return replaced
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Everything that a layer computes with but the values of its weights: layers that have it in
+    common compute the same of the same weights, so one of them is tried for all."""
+    return tuple(
+        (
+            path,
+            type(module),
+            tuple(sorted((name, repr(value)) for name, value in vars(module).items())),
+            tuple((name, array.shape) for name, array in module.items() if hasattr(array, "shape")),
+        )
+        for path, module in layer.named_modules()
+    )
 
 
 def exp(x: mx.array) -> mx.array:
