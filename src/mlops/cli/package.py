@@ -111,12 +111,12 @@ def package(
     errors.print(f"{checkpoint.path}: {checkpoint.description}")
     num_bytes = sum(file.size for file in packager.collect_model_files())
     with _warnings_in_result(), bytes_progress(errors) as progress:
-        storing = progress.add_task("storing", total=num_bytes)
+        task = progress.add_task("checking", total=num_bytes)  # a model is built first
         result = packager.package_model(
             build_bento=bento,
             create_docker=docker,
             tracking=create_client(project) if track else None,
-            progress=lambda read: progress.advance(storing, read),
+            progress=lambda read: progress.update(task, description="storing", advance=read),
         )
     if as_json:
         console.print_json(result, default=vars)
