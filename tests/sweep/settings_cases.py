@@ -76,6 +76,7 @@ REFUSED = {
         "final_logit_softcapping"
     ),
     Case("qwen2_moe", "norm", {"norm_topk_prob": True}): "norm_topk_prob",
+    Case("deepseek_v3", "one_expert", {"num_experts_per_tok": 1}): "num_experts_per_tok is 1",
     Case("qwen2_moe", "step", {"decoder_sparse_step": 2}): "decoder_sparse_step",
     Case("mamba2", "groups", {"num_heads": 8, "head_dim": 16, "n_groups": 2}): "n_groups",
     Case(

@@ -138,6 +138,13 @@ def not_computed(model: LanguageModel, has_output_layer: bool) -> Iterator[str]:
                 f"with {shown(_computed(model, name)[0])}; a newer mlx-lm may do it"
             )
 
+    chosen, is_normed = model.value("num_experts_per_tok"), model.value("norm_topk_prob")
+    if chosen == 1 and is_normed is True and "top_k > 1 and" in model.mlx_lm.text:
+        yield (
+            "num_experts_per_tok is 1 in config.json, and mlx-lm weighs a single expert by its "
+            f"score for {model.name}, not as norm_topk_prob says; a newer mlx-lm may do it"
+        )
+
 
 def _changes_results(model: LanguageModel, name: str) -> bool:
     """transformers' model reads it, or mlx-lm's class has it and its model does not read it."""

@@ -214,6 +214,7 @@ def test_published_configurations_need_no_word(name: str) -> None:
         ),
         (GEMMA3 | {"text_config": GEMMA3["text_config"] | {"use_bidirectional_attention": True}},
          "use_bidirectional_attention is True"),
+        (MIMO_V2_FLASH | {"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_computed_is_refused_by_name(
