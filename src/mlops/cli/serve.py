@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import signal
@@ -82,9 +83,15 @@ def serve(
     ]
     if is_service(target):
         _bentoml("serve", target, *options)
-    # Until the server has its own handler: SIGTERM would leave the folder behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="mlops-service-") as folder:
+    with contextlib.ExitStack() as stack:
+        # SIGTERM would leave the folder behind: while it is made, the signal waits; then, until the
+        # server has its own handler, it ends what is under way.
+        arrived: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlops-service-"))
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        if arrived:
+            sys.exit(128 + arrived[0])
         Path(folder, "service.py").write_text(_service_of(target), encoding="utf-8")
         _bentoml("serve", "service:svc", "--working-dir", folder, *options)
 

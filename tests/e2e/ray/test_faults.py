@@ -51,19 +51,19 @@ def test_replicas_proxies_and_the_controller_are_replaced(
         os.kill(replica["pid"], signal.SIGKILL)
         killed_s = time.monotonic()
         wait_until(lambda: load.seen(killed_s))
-        assert set(load.statuses) <= {200, 500}
-        assert 0 < load.statuses[500] <= 4  # what a replica is sent at once
+        assert set(load.statuses) <= {0, 200, 500}  # 0: cut off in the middle of its answer
+        failed = load.statuses[0] + load.statuses[500]
+        assert 0 < failed <= 4  # what a replica is sent at once
 
         # The controller: nobody notices.
-        failures = load.statuses[500]
         for controller in processes("ray::ServeController"):  # forks of it among them
             controller.kill()
         since_s = time.monotonic()
         wait_until(lambda: processes("ray::ServeController"))
         wait_until(lambda: load.seen(since_s + 1))
         wait_until(lambda: [one.status for one in status()] == ["RUNNING"])
-        assert load.statuses[500] == failures
-        assert set(load.statuses) <= {200, 500}
+        assert load.statuses[0] + load.statuses[500] == failed
+        assert set(load.statuses) <= {0, 200, 500}
 
     # The proxies: connections break, and are taken again.
     for proxy in processes("ray::ProxyActor"):
