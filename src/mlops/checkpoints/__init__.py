@@ -7,7 +7,8 @@ Only names and headers are read; no weights are loaded and no framework is impor
     adapters        LoRA and DoRA adapters of mlx-lm and PEFT
     adapter_fit     do they fit a base model
     adapter_names   what the base model calls a module, whoever wrote its name
-    adapter_values  what their bytes show: all zeros, NaN
+    adapter_values  do they change anything, and are their values finite
+    tensor_values   what bytes show: all zeros, NaN, copies
     placement       where in a model the tensors of an adapter go
     expert_adapters adapters of a mixture's experts, in each form that they have
     peft_config     what PEFT's configuration says of an adapter

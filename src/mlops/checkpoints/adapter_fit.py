@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mlops.checkpoints.adapter_names import ModuleNames, layer_of, stem
-from mlops.checkpoints.adapter_values import have_same_bytes, is_copy
 from mlops.checkpoints.checkpoint import (
     AdapterInfo,
     AdapterModule,
@@ -22,6 +21,7 @@ from mlops.checkpoints.checkpoint import (
 )
 from mlops.checkpoints.placement import BaseModules, is_conv1d, place, stored_modules
 from mlops.checkpoints.refusal import refusal
+from mlops.checkpoints.tensor_values import have_same_bytes, is_copy
 from mlops.checkpoints.tensors import WeightShapes
 from mlops.counts import count
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from mlops.checkpoints.adapter_names import clean_name
-from mlops.checkpoints.adapter_values import have_same_bytes
 from mlops.checkpoints.checkpoint import (
     AdapterInfo,
     AdapterModule,
@@ -27,6 +26,7 @@ from mlops.checkpoints.expert_adapters import read_parameters
 from mlops.checkpoints.files import CheckpointFile, read_json
 from mlops.checkpoints.peft_config import CONFIG, PeftConfig, read_number
 from mlops.checkpoints.refusal import examples, refusal
+from mlops.checkpoints.tensor_values import have_same_bytes
 from mlops.checkpoints.tensors import read_tensors
 
 MLX_LM_WEIGHTS = "adapters.safetensors"

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlops.checkpoints.checkpoint import TensorInfo
+from mlops.checkpoints.tensor_values import have_same_bytes
 
-_CHUNK_BYTES = 2**20
 _NAME = "lm_head.weight"
 
 
@@ -41,11 +41,4 @@ def _pair(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
 
 
 def _are_alike(path: Path, first: TensorInfo, second: TensorInfo) -> bool:
-    with (path / first.file).open("rb") as one, (path / second.file).open("rb") as other:
-        one.seek(first.offset)
-        other.seek(second.offset)
-        for begin in range(0, first.nbytes, _CHUNK_BYTES):
-            length = min(_CHUNK_BYTES, first.nbytes - begin)
-            if one.read(length) != other.read(length):
-                return False
-    return True
+    return have_same_bytes(path / first.file, first, second, path / second.file)

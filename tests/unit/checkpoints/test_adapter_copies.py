@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlops.checkpoints.adapter_values import is_copy
 from mlops.checkpoints.checkpoint import TensorInfo
+from mlops.checkpoints.tensor_values import is_copy
 
 
 def halves(count: int) -> bytes:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlops.checkpoints import check_finite, recognise
-from mlops.checkpoints.adapter_values import have_same_bytes, is_finite, is_zero
 from mlops.checkpoints.checkpoint import TensorInfo
+from mlops.checkpoints.tensor_values import have_same_bytes, is_finite, is_zero
 from mlops.errors import PackagingError
 
 MIB = 1 << 20
