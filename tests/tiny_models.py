@@ -283,6 +283,45 @@ def write_safetensors(
     return path
 
 
+def write_hollow_llama(folder: str | Path, head_dim: int) -> int:
+    """Write a one-layer Llama of two terabytes whose weights are a hole in the file: whoever reads
+    them does not come back, nor has the memory. Returns the bytes of its weights.
+
+    Args:
+        head_dim: of each of two query heads and one key head.
+    """
+    folder = Path(folder)
+    write_language_model(folder, layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    width, rows = 2**20, 2**18
+    sizes = {"hidden_size": width, "vocab_size": rows, "head_dim": head_dim, "intermediate_size": 2}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    (folder / "model.safetensors.index.json").unlink()
+    shapes = {
+        "model.embed_tokens": [rows, width],
+        "lm_head": [rows, width],
+        "model.norm": [width],
+        "model.layers.0.input_layernorm": [width],
+        "model.layers.0.post_attention_layernorm": [width],
+        "model.layers.0.self_attn.q_proj": [2 * head_dim, width],
+        "model.layers.0.self_attn.k_proj": [head_dim, width],
+        "model.layers.0.self_attn.v_proj": [head_dim, width],
+        "model.layers.0.self_attn.o_proj": [width, 2 * head_dim],
+        "model.layers.0.mlp.gate_proj": [2, width],
+        "model.layers.0.mlp.up_proj": [2, width],
+        "model.layers.0.mlp.down_proj": [width, 2],
+    }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return end
+
+
 def _config(
     architecture: str, hidden: int, layers: int, vocab: int, tie_word_embeddings: bool
 ) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mlops.checkpoints import (
 from mlops.errors import PackagingError
 from tiny_models import (
     vocabulary_size,
+    write_hollow_llama,
     write_language_model,
     write_lora_adapter,
     write_peft_adapter,
@@ -218,35 +219,7 @@ print(sorted(heavy & set(sys.modules)))
 
 
 def test_a_model_larger_than_memory_is_recognised_at_once(tmp_path: Path) -> None:
-    """The weights are a hole in the file: whoever reads them reads two terabytes of zeros."""
-    write_language_model(tmp_path, layers=1)
-    config = json.loads((tmp_path / "config.json").read_text())
-    width, rows = 2**20, 2**18
-    sizes = {"hidden_size": width, "vocab_size": rows, "head_dim": 1, "intermediate_size": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
-    (tmp_path / "model.safetensors.index.json").unlink()
-    shapes = {
-        "model.embed_tokens": [rows, width],
-        "lm_head": [rows, width],
-        "model.norm": [width],
-        "model.layers.0.input_layernorm": [width],
-        "model.layers.0.post_attention_layernorm": [width],
-        "model.layers.0.self_attn.q_proj": [2, width],
-        "model.layers.0.self_attn.k_proj": [1, width],
-        "model.layers.0.self_attn.v_proj": [1, width],
-        "model.layers.0.self_attn.o_proj": [width, 2],
-        "model.layers.0.mlp.gate_proj": [2, width],
-        "model.layers.0.mlp.up_proj": [2, width],
-        "model.layers.0.mlp.down_proj": [width, 2],
-    }
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[f"{name}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + end)
+    end = write_hollow_llama(tmp_path, head_dim=1)
     found = recognise(tmp_path)
     assert found.weight_bytes == end > 2 * 2**40
     assert "549.8B parameters" in found.description
