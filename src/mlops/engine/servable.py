@@ -39,15 +39,6 @@ def check_loads(model: Checkpoint, *adapters: Checkpoint) -> list[str]:
     return [printable(warning) for warning in run_in_owner(_check_loads, model, adapters)]
 
 
-def check_adapter_loads(base: Checkpoint, adapter: Checkpoint) -> None:
-    """Refuse an adapter that loading would refuse over this base; `check_loads` looks at more.
-
-    Raises:
-        PackagingError: one of the two cannot be loaded, whatever the weights are.
-    """
-    check_loads(base, adapter)
-
-
 def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[str]:
     from mlops.hardware import ensure_blas
 
@@ -60,34 +51,36 @@ def _check_loads(model: Checkpoint, adapters: tuple[Checkpoint, ...]) -> list[st
             f"{model.path} can be loaded: neither names and shapes of its tensors, nor its "
             f"tokenizer{', nor its adapters' if adapters else ''}"
         ]
+    from mlops.engine.tokenization import check_adapter_tokenizer, load_tokenizer
+
     built, config = build_model(model)
-    warnings = _check_tokenizer(model, config)
+    loaded = load_tokenizer(model) if model.has_tokenizer else None
+    if loaded is None:
+        warnings = [
+            f"{model.path} has no tokenizer, so it cannot be served: put tokenizer.json and "
+            "tokenizer_config.json beside its weights"
+        ]
+    else:
+        warnings = [*loaded.warnings, *_check_tokens(model, loaded.tokenizer, config)]
     warnings += _check_forward_pass(model, built, config)
     if adapters:
         from mlops.engine.banks import AdapterBanks
-        from mlops.engine.tokenization import check_adapter_tokenizer
 
         banks = AdapterBanks(built, model, "cpu")
         for adapter in adapters:
             banks.check(adapter)
-            warnings += check_adapter_tokenizer(adapter, model)
+            if loaded is not None:
+                warnings += check_adapter_tokenizer(adapter, model, loaded.tokenizer)
     return warnings
 
 
-def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
-    """Read the tokenizer; its tokens are rows of the embedding."""
-    from mlops.engine.tokenization import load_tokenizer, vocabulary_size
+def _check_tokens(model: Checkpoint, tokenizer: Any, config: dict[str, Any]) -> list[str]:
+    """The tokens are rows of the embedding."""
+    from mlops.engine.tokenization import vocabulary_size
 
-    if not model.has_tokenizer:
-        return [
-            f"{model.path} has no tokenizer, so it cannot be served: put tokenizer.json and "
-            "tokenizer_config.json beside its weights"
-        ]
-    loaded = load_tokenizer(model)
-    tokenizer, warnings = loaded.tokenizer, list(loaded.warnings)
     num_rows = vocabulary_size(config)
     if num_rows is None:
-        return warnings
+        return []
     added = set(tokenizer.get_added_vocab())
     beyond = {name: token for name, token in tokenizer.get_vocab().items() if token >= num_rows}
     if ordinary := sorted(beyond.keys() - added):
@@ -99,12 +92,12 @@ def _check_tokenizer(model: Checkpoint, config: dict[str, Any]) -> list[str]:
             "check_loads",
             tokens=ordinary[:10],
         )
-    if beyond:
-        warnings.append(
-            f"tokens were added to the tokenizer of {model.path} and not to the model "
-            f"({examples(sorted(beyond))}): texts that contain them are refused"
-        )
-    return warnings
+    if not beyond:
+        return []
+    return [
+        f"tokens were added to the tokenizer of {model.path} and not to the model "
+        f"({examples(sorted(beyond))}): texts that contain them are refused"
+    ]
 
 
 def _check_forward_pass(model: Checkpoint, built: nn.Module, config: dict[str, Any]) -> list[str]:

@@ -21,7 +21,6 @@ from mlops.checkpoints.tokenizer_files import CONFIG, GENERATION_CONFIG
 from mlops.engine.chat_template import is_program, render
 from mlops.engine.end_tokens import find_end_tokens
 from mlops.engine.messages import Tools
-from mlops.engine.owner import run_in_owner
 from mlops.engine.tokenizer_code import load_without_code, tokenizer_problem
 from mlops.errors import MLOpsError, PackagingError
 
@@ -63,28 +62,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> LoadedTokenizer:
     return _with_end_tokens(tokenizer, checkpoint, files, files, vocabulary_size(checkpoint.config))
 
 
-def check_adapter_tokenizer(adapter: Checkpoint, base: Checkpoint) -> list[str]:
+def check_adapter_tokenizer(
+    adapter: Checkpoint, base: Checkpoint, base_tokenizer: Any
+) -> list[str]:
     """Refuse an adapter whose tokenizer loading would refuse over this base, without either's
-    weights. Nothing is read where its folder has no tokenizer, or the base's, or
-    the base has none.
+    weights. Nothing is read where its folder has no tokenizer, or the base's.
+
+    Args:
+        base_tokenizer: as `load_tokenizer` gave it.
 
     Returns:
         What its user should know, a sentence each.
 
     Raises:
-        PackagingError: the base's tokenizer, or the adapter's, cannot be used.
+        PackagingError: the adapter's tokenizer cannot be used.
     """
     files = find_tokenizer_files(adapter.path)
-    if not base.has_tokenizer or not files.adds_to(find_tokenizer_files(base.path)):
+    if not files.adds_to(find_tokenizer_files(base.path)):
         return []
-    return run_in_owner(_check_adapter_tokenizer, files, base)
-
-
-def _check_adapter_tokenizer(files: TokenizerFiles, base: Checkpoint) -> list[str]:
-    from mlops.hardware import ensure_blas
-
-    ensure_blas()  # before MLX is imported: whoever packages may serve afterwards
-    base_tokenizer = load_tokenizer(base).tokenizer
     num_rows = vocabulary_size(base.config)
     return list(load_adapter_tokenizer(files, base, base_tokenizer, num_rows).warnings)
 

@@ -16,7 +16,7 @@ from embedding_models import write_embedding_model
 from mlops import engine
 from mlops.checkpoints import recognise
 from mlops.engine import adapter_tokenizers
-from mlops.engine.tokenization import check_adapter_tokenizer
+from mlops.engine.tokenization import check_adapter_tokenizer, load_tokenizer
 from mlops.errors import InvalidRequestError, PackagingError
 from mlops.serving.bentoml.packager import package_model
 from mlops.serving.http import HTTPSettings, RunnerHost, Served, ServiceInfo, create_app
@@ -319,7 +319,9 @@ def test_an_added_token_may_have_another_name_and_its_old_id(
 ) -> None:
     template = "{% for m in messages %}<|begin|>{{ m.content }}{% endfor %}"
     rename_start(adapter, templates=template)
-    (warning,) = check_adapter_tokenizer(recognise(adapter), recognise(base))
+    model = recognise(base)
+    own = load_tokenizer(model).tokenizer
+    (warning,) = check_adapter_tokenizer(recognise(adapter), model, own)
     assert warning.endswith("other names for added tokens of the base: <|begin|> for <|start|>")
     runner.add_adapter(added, adapter)
     asked = {"messages": ASKED, "max_tokens": 2, "logit_bias": {"257": 100}}
