@@ -6,9 +6,7 @@ cases -> one process of torch: saved models, logits, tokens -> `load_model`, as 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,8 @@ from sweep_cases import SIZES, Case
 import tiny_models
 from mlops.engine.loading import LoadedModel
 from mlops.engine.owner import run_in_owner
+from torch_process import run_in_torch
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".tools" / "reference" / "bin" / "python"
 PROMPT = tuple(int(token) for token in np.random.default_rng(0).integers(0, 256, 200))
 MAX_TOKENS = 8
 TOLERANCE = 3e-4
@@ -87,16 +84,7 @@ def make_references(cases: Iterable[Case], folder: Path) -> dict[Case, Reference
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     script = Path(__file__).with_name("torch_reference.py")
-    done = subprocess.run(
-        [PYTHON, script, folder / "jobs.json", folder / "results.npz"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr[-4000:])
+    run_in_torch(script, folder / "jobs.json", folder / "results.npz", timeout_s=1800)
     results = np.load(folder / "results.npz")
     references = {}
     for number, (case, job) in enumerate(zip(cases, jobs, strict=True)):

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from sweep_cases import DEFAULTS, LEFT_OUT, REFUSED
-from sweep_references import PYTHON
 
 from mlops.checkpoints.architectures import is_supported
 from mlops.checkpoints.rope import EVERY_LAYER, read_ropes
+from torch_process import PYTHON
 
 LLAMA3 = {
     "rope_type": "llama3",

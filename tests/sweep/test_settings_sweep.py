@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from settings_cases import CAPPED, COMPUTED, EARLIER, REFUSED, SAMPLE
 from sweep_cases import Case
-from sweep_references import PROMPT, PYTHON, TOLERANCE, Reference, compare, make_references
+from sweep_references import PROMPT, TOLERANCE, Reference, compare, make_references
 
 from mlops.checkpoints import recognise
 from mlops.engine.loading import load_model
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError
+from torch_process import PYTHON
 
 CASES = (*COMPUTED, *CAPPED, *REFUSED)
 pytestmark = pytest.mark.skipif(

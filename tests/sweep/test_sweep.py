@@ -21,12 +21,13 @@ from sweep_measures import (
     table_of_page,
     write_page,
 )
-from sweep_references import PYTHON, Reference, compare, make_references
+from sweep_references import Reference, compare, make_references
 
 from mlops.checkpoints import recognise
 from mlops.engine.loading import load_model
 from mlops.engine.servable import check_loads
 from mlops.errors import PackagingError
+from torch_process import PYTHON
 
 SAMPLE = (
     *(f"{name}-default" for name in ("llama", "qwen3_moe", "gemma3_text", "stablelm", "gpt_neox")),

@@ -7,9 +7,7 @@ the bases and some of the adapters are written by us, the others are saved by PE
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,8 @@ from mlops.checkpoints import ModuleNames, check_copies, recognise
 from mlops.engine import GenerationRequest, load_model
 from mlops.engine.owner import run_in_owner
 from mlops.errors import PackagingError
+from torch_process import PYTHON, run_in_torch
 
-ROOT = Path(__file__).parents[3]
-PYTHON = ROOT / ".tools" / "reference" / "bin" / "python"
 PROMPT = (72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100)
 MAX_TOKENS = 8
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -280,16 +277,7 @@ def of_torch(tmp_path_factory: pytest.TempPathFactory) -> References:
         jobs.append({"names_of": str(base)})
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     script = Path(__file__).with_name("peft_reference.py")
-    done = subprocess.run(
-        [PYTHON, script, folder / "jobs.json", folder / "results.npz"],
-        # One thread: for models as small as these, more only wait for each other.
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_in_torch(script, folder / "jobs.json", folder / "results.npz", timeout_s=240)
     results = np.load(folder / "results.npz")
     cases = {
         name: Reference(

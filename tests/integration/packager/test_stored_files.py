@@ -26,8 +26,7 @@ from mlops.registry import ModelStore, references, resolve, verify
 from mlops.serving.bentoml.packager import package_model
 from mlops.serving.http.kept_adapters import KeptAdapters
 from tiny_models import write_language_model, write_lora_adapter, write_peft_adapter
-
-PYTHON = Path(__file__).parents[3] / ".tools" / "reference" / "bin" / "python"
+from torch_process import PYTHON
 
 
 def copy_to(*names: str) -> Callable[[Path, Path], None]:
